@@ -1,0 +1,1 @@
+"""How a stretch of tokens becomes a training example: NumPy in, NumPy out."""
