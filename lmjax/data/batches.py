@@ -1,0 +1,283 @@
+"""Deterministic batches over a token store: the global batch is a function of (seed, step).
+
+Nothing else enters: not the number of hosts, of worker processes or of restarts. Row r of step n is
+row number n * batch_size + r of an endless sequence in which each epoch is a permutation of all
+rows, computed index by index, so that starting at step 1,000,000 costs what starting at 0 does. The
+noise of an example is drawn from (seed, epoch, example).
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from lmjax.data.token_store import TokenStore
+
+Batch = dict[str, np.ndarray]
+Objective = Callable[[np.ndarray, np.random.Generator], Mapping[str, np.ndarray]]
+
+
+class Batches(Protocol):
+    """What a training loop needs of its data."""
+
+    batch_size: int  # of the global batch, in rows
+
+    def start(self, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Yields this host's rows of each next batch and the JSON-able position *after* it.
+
+        `position` is one that was yielded before, or None for the beginning.
+        """
+        ...
+
+
+class Rows(Protocol):
+    """Which stretches of a corpus share a row, at random access; picklable."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> list[tuple[int, np.ndarray]]:
+        """The (example number, tokens) that make up row `index`; each will be one segment."""
+        ...
+
+
+class Windows:
+    """T5's rows: documents joined end to end, cut every `window` tokens; window i is row i.
+
+    At most `window` - 1 tokens at the end of the corpus are left over.
+
+    Raises:
+        ValueError: the store holds less than one window.
+    """
+
+    def __init__(self, store: TokenStore, window: int):
+        self.store, self.window = store, window
+        if len(self) < 1:
+            raise ValueError(
+                f"the text has {len(store.tokens):,} tokens and one example takes {window:,}: add "
+                "text or choose shorter inputs"
+            )
+
+    def __len__(self) -> int:
+        return len(self.store.tokens) // self.window
+
+    def row(self, index: int) -> list[tuple[int, np.ndarray]]:
+        start = index * self.window
+        return [(index, self.store.tokens[start : start + self.window])]
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedBatches:
+    """Shuffled, noised, endless batches over `rows`; see the module docstring.
+
+    Attributes:
+        rows: `Windows` or `PackedDocuments`.
+        objective: (tokens, rng) -> 1-D `inputs` and `targets`; picklable, such as
+            `functools.partial(span_corruption, sentinels=...)`.
+        lengths: the fixed lengths of `inputs` and `targets` in a batch.
+        batch_size: rows of the global batch.
+        seed: of order and noise, not negative.
+        workers: processes that prepare batches ahead (the calling script then needs the
+            `if __name__ == "__main__"` guard); 0 is one thread of this process, which is enough
+            until examples take longer to make than steps.
+        process_index, process_count: which of how many hosts this is; each reads its own
+            contiguous rows of the global batch.
+
+    Raises:
+        ValueError: the batch does not divide over the hosts, or a number is out of range.
+    """
+
+    rows: Rows
+    objective: Objective
+    lengths: Mapping[str, int]
+    batch_size: int
+    seed: int
+    workers: int = 0
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self):
+        host_rows(self.batch_size, self.process_index, self.process_count)
+        if self.seed < 0 or self.workers < 0:
+            raise ValueError(
+                f"seed and workers must not be negative, got {self.seed} and {self.workers}"
+            )
+
+    def batch(self, step: int) -> Batch:
+        """This host's rows of the batch of `step`, counted from 0."""
+        mine = host_rows(self.batch_size, self.process_index, self.process_count)
+        examples = []
+        for row in mine:
+            epoch, place = divmod(step * self.batch_size + row, len(self.rows))
+            index = shuffled(place, len(self.rows), self.seed, epoch)
+            examples.append(_noised(self.rows, index, self.objective, self.seed, epoch))
+        return assemble(examples, self.lengths)
+
+    def start(self, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Yields (this host's rows, position after them); a position is `{"step": n}`."""
+        first = position["step"] if position else 0
+        if self.workers:
+            batches = self._from_workers(first)
+        else:
+            batches = in_background(map(self.batch, itertools.count(first)))
+        for step, batch in enumerate(batches, first + 1):
+            yield batch, {"step": step}
+
+    def _from_workers(self, first: int) -> Iterator[Batch]:
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only absl scripts parse.
+            flags.FLAGS.mark_as_parsed()
+        # Worker i makes steps i, i + workers, ...; Grain hands them out in order.
+        steps = grain.MapDataset.range(first, 2**60).map(self.batch)
+        batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        iterator = iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers)))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+
+def evaluation_batches(
+    rows: Rows,
+    objective: Objective,
+    lengths: Mapping[str, int],
+    batch_size: int,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Batch]:
+    """All rows once, in order, with the same noise each time; this host's part of each batch.
+
+    The last batch is filled up with empty rows, whose `loss_weights` are 0.
+
+    Args:
+        limit: make no more than this many batches.
+        The others are as in `IndexedBatches`.
+
+    Raises:
+        ValueError: the batch does not divide over the hosts.
+    """
+    mine = host_rows(batch_size, process_index, process_count)
+    batches = []
+    for start in range(0, len(rows), batch_size)[:limit]:
+        indices = [start + row for row in mine]
+        examples = [
+            _noised(rows, index, objective, seed, epoch=0) if index < len(rows) else []
+            for index in indices
+        ]
+        batches.append(assemble(examples, lengths))
+    return batches
+
+
+def assemble(
+    rows: Sequence[Sequence[Mapping[str, np.ndarray]]], lengths: Mapping[str, int]
+) -> Batch:
+    """Rows of examples as arrays of fixed shape.
+
+    Args:
+        rows: per row its examples, which become segments 1, 2, ... with positions from 0 each.
+        lengths: S of `inputs` and T of `targets`.
+
+    Returns:
+        `inputs`, `inputs_positions`, `inputs_segment_ids` [B, S], the same for `targets` [B, T],
+        all int32 with 0 for padding, and float32 `loss_weights` [B, T], 1 where there is a target.
+
+    Raises:
+        ValueError: the examples of a row do not fit into `lengths`.
+    """
+    batch = {}
+    for name, length in lengths.items():
+        ids, positions, segments = (np.zeros((len(rows), length), np.int32) for _ in range(3))
+        counted = np.arange(length, dtype=np.int32)
+        for row, examples in enumerate(rows):
+            end = 0
+            for segment, example in enumerate(examples, 1):
+                start, end = end, end + len(example[name])
+                if end > length:
+                    raise ValueError(
+                        f"a row of {length:,} {name} can't hold {end:,}: choose a shorter window "
+                        f"or longer {name}"
+                    )
+                ids[row, start:end] = example[name]
+                positions[row, start:end] = counted[: end - start]
+                segments[row, start:end] = segment
+        batch[name] = ids
+        batch[f"{name}_positions"] = positions
+        batch[f"{name}_segment_ids"] = segments
+    batch["loss_weights"] = (batch["targets_segment_ids"] > 0).astype(np.float32)
+    return batch
+
+
+def host_rows(batch_size: int, process_index: int, process_count: int) -> range:
+    """The rows of the global batch that one host reads: contiguous, in the order of the hosts.
+
+    Raises:
+        ValueError: the batch does not divide over the hosts.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"a batch of {batch_size} rows does not divide over {process_count} hosts: choose a "
+            f"multiple of {process_count}"
+        )
+    count = batch_size // process_count
+    return range(process_index * count, (process_index + 1) * count)
+
+
+def shuffled(index: int, count: int, *seed: int) -> int:
+    """Where `index` goes in the permutation of `count` things that belongs to `seed`.
+
+    Grain computes it index by index, in about 3 microseconds; it takes milliseconds for the
+    smallest counts, where a permutation is soon made whole.
+    """
+    if count < 2**14:
+        return int(_permutation(count, seed)[index])
+    return grain.experimental.index_shuffle(index, count - 1, _shuffle_seed(seed), rounds=4)
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(count: int, seed: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(count)
+
+
+@functools.lru_cache(maxsize=64)
+def _shuffle_seed(seed: tuple[int, ...]) -> int:
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def noise(seed: int, stream: int, example: int) -> np.random.Generator:
+    """The randomness of one example, independent of that of every other (stream: the epoch).
+
+    Philox's counter starts at a place of the example's own, 2**128 draws away from the next: no
+    seeding by hashing, which would cost more than the noise itself.
+    """
+    key = np.array([seed, stream], np.uint64)
+    counter = np.array([0, 0, example, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def _noised(
+    rows: Rows, index: int, objective: Objective, seed: int, epoch: int
+) -> list[Mapping[str, np.ndarray]]:
+    return [objective(tokens, noise(seed, epoch, example)) for example, tokens in rows.row(index)]
+
+
+def in_background(items: Iterator, ahead: int = 2) -> Iterator:
+    """The endless `items`, each made up to `ahead` items early by a thread.
+
+    What the thread raises is raised here; closing this iterator ends the thread.
+    """
+    pool = ThreadPoolExecutor(1, "batches")
+    try:
+        pending = collections.deque(pool.submit(next, items) for _ in range(ahead))
+        while True:
+            pending.append(pool.submit(next, items))
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

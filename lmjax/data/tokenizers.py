@@ -1,0 +1,277 @@
+"""SentencePiece tokenizers with T5's sentinels: load one, or train one on a source.
+
+T5's spiece.model has 32,000 pieces and knows nothing of sentinels: 100 of them are appended, in
+descending order, so that <extra_id_0> is 32,099 and <extra_id_99> 32,000. mT5's model has its own
+pieces for them, which are used where they are.
+
+Only text given to `encode` may name sentinels. `encode_batch`, for corpora, takes text as it is.
+Departures from transformers' T5Tokenizer: no EOS is added, "</s>" and "<pad>" in a text are text,
+and a word after a sentinel starts a new word exactly if white space separates the two, so that
+"un<extra_id_0>able" is possible and "<extra_id_0> fox" has the ids it has in training.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from rich.console import Console
+
+from lmjax.data import cache
+from lmjax.data.sources import Source, document_hash
+
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+# Serialized protocol buffers merge when concatenated. These bytes set ModelProto.normalizer_spec
+# (field 3) .add_dummy_prefix (field 3) to false: text then continues a word unless it says not to.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class SentencePieceTokenizer:
+    """Text to ids and back.
+
+    Attributes:
+      model: the bytes of the .model file.
+      vocab_size: ids in use, sentinels included (32,100 for T5; a model may have more rows).
+      pad_id, eos_id, unk_id: 0, 1 and 2 in T5's layout.
+      sentinels: int32; `sentinels[k]` is the id of <extra_id_k>.
+      sha256: names the model and its sentinels.
+    """
+
+    def __init__(self, model: bytes, extra_ids: int = 100, name: str = "the SentencePiece model"):
+        """`extra_ids` sentinels are appended unless the model has its own; `name` is for errors.
+
+        Raises:
+          ValueError: the bytes are no SentencePiece model, or one without a pad or EOS id.
+        """
+        self.model = model
+        self.extra_ids = extra_ids
+        self._pieces = _processor(model, name)
+        self._continuing = _processor(model + _NO_DUMMY_PREFIX, name)
+        self.pad_id = self._pieces.pad_id()
+        self.eos_id = self._pieces.eos_id()
+        self.unk_id = self._pieces.unk_id()
+        for token in ("pad", "eos"):
+            if getattr(self, f"{token}_id") < 0:
+                raise ValueError(
+                    f"{name} has no {token} id: train it with pad_id=0, eos_id=1, unk_id=2, "
+                    "bos_id=-1, as T5's, or let lmjax train one"
+                )
+
+        size = self._pieces.get_piece_size()
+        own = list(iter(map(self._own, itertools.count()).__next__, None))
+        appended = range(size + extra_ids - 1, size - 1, -1)
+        self.vocab_size = size if own else size + extra_ids
+        self.sentinels = np.array(own or appended, np.int32)
+        self._sentinel_number = {int(id): k for k, id in enumerate(self.sentinels)}
+        self.sha256 = hashlib.sha256(model + str(self.sentinels.tolist()).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, extra_ids: int = 100) -> "SentencePieceTokenizer":
+        """Reads a .model file.
+
+        Raises:
+          ValueError: there is no such file, or it is damaged or lacks a pad or EOS id.
+        """
+        try:
+            model = Path(path).expanduser().read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"cannot read the SentencePiece model {path}: {error.strerror}"
+            ) from error
+        return cls(model, extra_ids, str(path))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the .model file, which, as T5's, does not say how many sentinels were appended."""
+        cache.atomic_write(path, self.model)
+
+    def __reduce__(self):
+        return SentencePieceTokenizer, (self.model, self.extra_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without EOS; "<extra_id_3>" in the text becomes that sentinel."""
+        ids, start = [], 0
+        for match in _SENTINEL.finditer(text):
+            if int(match[1]) < len(self.sentinels):
+                ids += self._encode_part(text, start, match.start())
+                ids.append(int(self.sentinels[int(match[1])]))
+                start = match.end()
+        return ids + self._encode_part(text, start, len(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids (int32, without EOS) of each text taken literally, on all processor cores."""
+        encoded = self._pieces.encode(list(texts), num_threads=os.cpu_count() or 1)
+        return [np.array(ids, np.int32) for ids in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text up to the first EOS: pads dropped, sentinels as "<extra_id_k>".
+
+        Ids beyond the vocabulary (rows that only round up a model's matrix) read as unknown.
+        """
+        parts, ordinary = [], []
+
+        def flush() -> None:
+            if ordinary:
+                new_word = self._pieces.id_to_piece(ordinary[0]).startswith("\u2581")
+                parts.append(" " * (new_word and bool(parts)) + self._pieces.decode(ordinary))
+                ordinary.clear()
+
+        for id in map(int, ids):
+            if id == self.eos_id:
+                break
+            if id in self._sentinel_number:
+                flush()
+                parts.append(" " * bool(parts) + f"<extra_id_{self._sentinel_number[id]}>")
+            elif id != self.pad_id:
+                ordinary.append(id if 0 <= id < self._pieces.get_piece_size() else self.unk_id)
+        flush()
+        return "".join(parts)
+
+    def _encode_part(self, text: str, start: int, end: int) -> list[int]:
+        part = text[start:end]
+        new_word = start == 0 or part[:1].isspace()
+        return (self._pieces if new_word else self._continuing).encode(part)
+
+    def _own(self, k: int) -> int | None:
+        """The id of <extra_id_k> if the model has a piece for it."""
+        for piece in (f"<extra_id_{k}>", f"\u2581<extra_id_{k}>"):
+            id = self._pieces.piece_to_id(piece)
+            if self._pieces.id_to_piece(id) == piece:  # an unknown piece has the unknown's id
+                return id
+        return None
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    character_coverage: float = 1.0,
+    max_characters: int = 8_000_000,
+    extra_ids: int = 100,
+) -> SentencePieceTokenizer:
+    """Trains a unigram model in T5's layout: pad 0, EOS 1, unknown 2, no BOS, NFKC.
+
+    The same texts give the same model. They are sampled by their hash, evenly, from as many as
+    make up 100 times `max_characters`.
+
+    Args:
+      texts: documents.
+      vocab_size: pieces, without the `extra_ids` sentinels that are appended; fewer where the
+        text is too short for so many.
+      character_coverage: the part of all characters that get a piece; 0.9995 suits Korean, Chinese
+        and Japanese, whose rare characters would fill a small vocabulary.
+      max_characters: how much text to train on.
+
+    Raises:
+      ValueError: the texts are empty, or the vocabulary is too small for their characters; one
+        sentence gives the smallest size possible.
+    """
+    if not 0.9 <= character_coverage <= 1:
+        raise ValueError(f"character_coverage is {character_coverage}, not between 0.9 and 1")
+    sample = [text for text in _sample(texts, max_characters) if text.strip()]
+    if not sample:
+        raise ValueError("there is no text to train a tokenizer on: every document is empty")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(sample),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # a short text gives a smaller vocabulary, not an error
+            character_coverage=character_coverage,
+            normalization_rule_name="nmt_nfkc",
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            num_threads=16,  # sums over threads are rounded: not the machine's own number
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(_explained(str(error), vocab_size)) from error
+    return SentencePieceTokenizer(model.getvalue(), extra_ids)
+
+
+def cached_tokenizer(
+    source: Source,
+    vocab_size: int,
+    *,
+    split: str = "train",
+    character_coverage: float = 1.0,
+    max_characters: int = 8_000_000,
+    extra_ids: int = 100,
+) -> SentencePieceTokenizer:
+    """The tokenizer that `train_tokenizer` makes of a source, trained once and kept in the cache.
+
+    Of several processes that ask at once, one trains and the others wait for it.
+    """
+    settings = [vocab_size, character_coverage, max_characters]
+    key = json.dumps(["unigram 2", source.fingerprint(split), *settings])
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    path = cache.cache_dir() / "tokenizers" / f"{name}.model"
+    with cache.lock(path):
+        if not path.exists():
+            message = f"training a tokenizer of {vocab_size:,} pieces on {source.name}"
+            with Console(stderr=True).status(message):
+                train_tokenizer(
+                    source.documents(split),
+                    vocab_size,
+                    character_coverage=character_coverage,
+                    max_characters=max_characters,
+                ).save(path)
+    return SentencePieceTokenizer.load(path, extra_ids)
+
+
+def _processor(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{name} is not a SentencePiece model, or is damaged") from error
+
+
+def _sample(texts: Iterable[str], max_characters: int) -> list[str]:
+    """The documents of smallest hash, `max_characters` in all, in one pass and bounded memory."""
+    kept, characters, read, limit = [], 0, 0, 2**64
+    for text in texts:
+        if (hash := document_hash(text)) < limit:
+            kept.append((hash, text))
+            characters += len(text)
+        if characters > 2 * max_characters:
+            kept = _smallest(kept, max_characters)
+            characters = sum(len(text) for _, text in kept)
+            limit = kept[-1][0]
+        read += len(text)
+        if read > 100 * max_characters:
+            break
+    return [text for _, text in _smallest(kept, max_characters)]
+
+
+def _smallest(hashed: list[tuple[int, str]], characters: int) -> list[tuple[int, str]]:
+    """Those of smallest hash until they hold so many characters, but one at least."""
+    hashed = sorted(hashed)
+    totals = itertools.accumulate(len(text) for _, text in hashed)
+    count = sum(1 for _ in itertools.takewhile(lambda total: total <= characters, totals))
+    return hashed[: max(count, 1)]
+
+
+def _sentences(texts: list[str]) -> Iterator[str]:
+    """Lines of at most 1,000 characters: the trainer ignores those above 4,192 bytes."""
+    for text in texts:
+        for line in text.splitlines():
+            yield from (line[start : start + 1_000] for start in range(0, len(line), 1_000))
+
+
+def _explained(error: str, vocab_size: int) -> str:
+    """The trainer's failed assertion, as a sentence with the size to choose."""
+    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"a vocabulary of {vocab_size:,} pieces is too small for the text's characters: "
+            f"set at least {int(smallest[1]):,}, or a smaller character_coverage (0.9995)"
+        )
+    return f"SentencePiece could not train a vocabulary of {vocab_size:,} pieces: {error}"
