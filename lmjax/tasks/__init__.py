@@ -1,0 +1,1 @@
+"""From a model and a batch to a loss: one file per shape of loss."""

@@ -1,0 +1,88 @@
+"""Sequence to sequence: read `inputs`, predict `targets` token by token (T5, BART, Meena)."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from lmjax.models.layers import unboxed
+from lmjax.tasks.losses import cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2Seq:
+    """The task of an encoder-decoder with `features` and `output_matrix`; see `tasks.task.Task`.
+
+    The loss is per target token over the whole global batch, so that packed and padded batches
+    weigh every token alike.
+    """
+
+    model: nn.Module
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2; T5 pretrains with 1e-4."""
+    label_smoothing: float = 0.0
+
+    def init(self, rng):
+        token = jnp.zeros((1, 1), jnp.int32)
+        params, axes = unboxed(self.model.init(rng, token, token)["params"])
+        return params, axes, {}
+
+    def normalizers(self, batch):
+        return {"tokens": batch["loss_weights"].sum()}
+
+    def loss(self, params, extra, batch, normalizers, rngs, step):
+        del step
+        variables = {"params": params}
+        features = self.model.apply(
+            variables,
+            batch["inputs"],
+            shift_right(batch["targets"], batch["targets_positions"]),
+            batch["inputs_segment_ids"],
+            batch["targets_segment_ids"],
+            method="features",
+            rngs=rngs,
+        )
+        matrix = self.model.apply(variables, method="output_matrix")
+        total, sums = cross_entropy(
+            features,
+            matrix,
+            batch["targets"],
+            batch["loss_weights"],
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
+        )
+        tokens = normalizers["tokens"]
+        metrics = {
+            "nll": sums["nll"] / tokens,
+            "z_loss": sums["z_loss"] / tokens,
+            "accuracy": sums["correct"] / tokens,
+        }
+        return total / tokens, (metrics, extra)
+
+    def evaluate(self, params, extra, batch, normalizers):
+        """`loss` here is the negative log-likelihood per token, in nats, without regularisers."""
+        _, (metrics, _) = self.loss(params, extra, batch, normalizers, {}, 0)
+        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}
+
+    def labels(self, params):
+        """Norm scales and biases, vectors within their layer, are not decayed."""
+        return jax.tree.map_with_path(_label, params)
+
+    def flops(self, batch_shapes):
+        (rows, inputs), (_, targets) = batch_shapes["inputs"], batch_shapes["targets"]
+        return self.model.config.training_flops(rows, inputs, targets)
+
+
+def _label(path, param) -> str:
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return "no_decay" if name in ("scale", "bias") or name.endswith("_bias") else "decay"
+
+
+def shift_right(
+    targets: Int[Array, "B T"], positions: Int[Array, "B T"], start: int = 0
+) -> Int[Array, "B T"]:
+    """What the decoder reads to predict `targets`: each text's own past, after a start token."""
+    shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(positions == 0, start, shifted)

@@ -1,0 +1,60 @@
+"""What training needs to know of a model and its objective, and nothing more."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+Params = dict[str, Any]  # a nested dict of arrays
+Batch = Mapping[str, Array]  # arrays whose first axis is the batch
+Scalars = dict[str, Float[Array, ""]]
+
+
+class Task(Protocol):
+    """A model and an objective as pure functions; `lmjax.training.fit` calls them under jit.
+
+    A loss is a sum over examples divided by a normalizer known before the backward pass, so that
+    the losses (and gradients) of micro-batches, devices and hosts add up to those of the whole
+    batch exactly.
+    """
+
+    def init(self, rng: PRNGKeyArray) -> tuple[Params, Any, Any]:
+        """Returns (params, axes, extra).
+
+        `axes` is shaped as `params`, with a tuple of logical axis names in the place of each
+        array; it must not depend on values. `extra` holds arrays that are carried from step to
+        step without being trained ({} when there are none); each device keeps all of it.
+        """
+        ...
+
+    def normalizers(self, batch: Batch) -> Scalars:
+        """The sum of weights of each term of the loss, over all rows of `batch`."""
+        ...
+
+    def loss(
+        self,
+        params: Params,
+        extra: Any,
+        batch: Batch,
+        normalizers: Scalars,
+        rngs: dict[str, PRNGKeyArray],
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, ""], tuple[Scalars, Any]]:
+        """Returns (loss, (metrics, extra)) of some rows of the batch that has `normalizers`.
+
+        The loss and each metric is a sum over the rows divided by a normalizer. `rngs` has a
+        `dropout` key; `step` counts the steps taken before this one.
+        """
+        ...
+
+    def evaluate(self, params: Params, extra: Any, batch: Batch, normalizers: Scalars) -> Scalars:
+        """Metrics without dropout, sums divided by `normalizers`; `loss` is among them."""
+        ...
+
+    def labels(self, params: Params) -> Any:
+        """A tree as `params` with one word for each array, by which the optimizer treats it."""
+        ...
+
+    def flops(self, batch_shapes: dict[str, tuple[int, ...]]) -> float:
+        """FLOPs of the products in one step, forward and backward, without rematerialisation."""
+        ...

@@ -1,0 +1,437 @@
+"""A run's directory: what the run is (config.json) and how far it came (checkpoints/).
+
+Every file is written under a temporary name and renamed, so a killed run leaves nothing half-made.
+A checkpoint holds four items: `params`, `ema` (where an average is kept), `training` (the rest of
+the state) and `info` (JSON: position in the data, metrics, ...). Parameters can be read alone.
+"""
+
+import dataclasses
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from lmjax.tasks.task import Params
+from lmjax.training.state import TrainState
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or a run's directory cannot be used as asked; the message says what to do."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file by `content`, or leaves it as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _said_plainly(error, f"{path} could not be written") from error
+
+
+# --- what the run is
+
+
+def as_json(value: Any) -> Any:
+    """Plain JSON of a configuration; a dataclass becomes its fields and, as `type`, its name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def claim_workdir(
+    workdir: str | os.PathLike,
+    experiment: str,
+    identity: Any,
+    runtime: Any,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """Makes `workdir` the directory of this run, or finds that it already is, and writes `files`.
+
+    Raises:
+        CheckpointError: the directory holds a run with another identity (each field that differs
+            is named), or files that are no run's.
+    """
+    workdir = Path(workdir)
+    config = {"experiment": experiment, "identity": as_json(identity), "runtime": as_json(runtime)}
+    if (workdir / CONFIG).exists():
+        found = read_config(workdir)
+        changes = _changes(
+            {"experiment": found["experiment"], **_flat(found["identity"])},
+            {"experiment": experiment, **_flat(config["identity"])},
+        )
+        if changes:
+            raise CheckpointError(
+                f"{workdir} holds a run that began with other settings ({', '.join(changes)}):"
+                " restore them to continue it, or give a new run another workdir"
+            )
+    elif workdir.is_dir() and any(not p.name.startswith(".") for p in workdir.iterdir()):
+        raise CheckpointError(
+            f"{workdir} has files in it but no {CONFIG}, so it is not the workdir of a run: choose"
+            " another directory or empty this one"
+        )
+    elif workdir.exists() and not workdir.is_dir():
+        raise CheckpointError(f"{workdir} is a file: choose a directory for the run's workdir")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(workdir / CONFIG, json.dumps(config, indent=2).encode())
+        for name, content in files.items():
+            write_atomically(workdir / name, content)
+
+
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """A run's config.json: {"experiment", "identity", "runtime"}.
+
+    Raises:
+        CheckpointError: the directory is not a run's, or the file is damaged.
+    """
+    path = Path(workdir) / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        return {key: config[key] for key in ("experiment", "identity", "runtime")}
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{workdir} is not the workdir of a run (it has no {CONFIG}): name a directory that"
+            " training wrote"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error!r}): the checkpoints beside it are not affected; restore"
+            " this file or begin a new run from one of them"
+        ) from error
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        name: value
+        for key, item in tree.items()
+        for name, value in _flat(item, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """["batch 128 -> 64", ...]; a field that one side lacks is `absent` there."""
+    changes = []
+    for name in {**old, **new}:
+        before, after = (
+            json.dumps(fields[name]) if name in fields else "absent" for fields in (old, new)
+        )
+        if before != after:
+            changes.append(f"{name} {before} -> {after}")
+    return changes
+
+
+# --- how far it came
+
+
+class Checkpoints:
+    """The checkpoints of a run: written in the background, the newest `keep` and the best kept.
+
+    The best has the lowest `eval_loss` among those saved with metrics.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 2):
+        self.directory = Path(workdir).absolute() / CHECKPOINTS
+        best = BestN(
+            get_metric_fn=_badness, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        self._manager = _manager(
+            self.directory,
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step that is wholly written, or None."""
+        return max(_finished_steps(self.directory), default=None)
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        info: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Copies the state and returns; it is written in the background (see `wait`).
+
+        Raises:
+            CheckpointError: this or an earlier checkpoint could not be written, as when no space
+                is left. Those already written stay as they are.
+        """
+        check_space(self.directory, state)
+        training = state._replace(params=None, ema=None)._asdict()
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "training": ocp.args.StandardSave(training),
+            "info": ocp.args.JsonSave(info),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def wait(self) -> None:
+        """Returns once everything saved is on disk; raises CheckpointError if it cannot be."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def restore(self, target: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """Reads (state, info) of a step, laid out as the abstract `target` says.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model, or damaged.
+        """
+        try:
+            return _restore(self._manager, target, step)
+        except _Different as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.directory} is of another model: {error};"
+                " continue it with the settings and code that made it, or choose another workdir"
+            ) from None
+        except _MEMORY_ERRORS:
+            raise
+        except Exception as error:
+            raise self._damaged(target, step, error) from error
+
+    def close(self) -> None:
+        """Ends the background work; what is still being written is finished first."""
+        self._manager.close()
+
+    def _damaged(self, target: TrainState, step: int, cause: Exception) -> CheckpointError:
+        """Says which checkpoint is damaged and which older one is not, having read it."""
+        advice = "no older checkpoint can be read either, so begin again in a new workdir"
+        for older in sorted((s for s in self._manager.all_steps() if s < step), reverse=True):
+            try:
+                _restore(self._manager, target, older)
+            except Exception:  # damaged as well
+                continue
+            advice = (
+                f"the last good one is step {older}; remove {self.directory / str(step)} to"
+                " continue from there"
+            )
+            break
+        return CheckpointError(
+            f"the checkpoint of step {step} in {self.directory} is damaged ({_first_line(cause)}):"
+            f" {advice}"
+        )
+
+    def _unwritten(self, error: Exception) -> CheckpointError:
+        last = self.latest_step
+        kept = "none was written before" if last is None else f"that of step {last} is unharmed"
+        return _said_plainly(
+            error, f"a checkpoint could not be written to {self.directory}; {kept}"
+        )
+
+
+def latest_step(workdir: str | os.PathLike) -> int:
+    """The last step that a run saved.
+
+    Raises:
+        CheckpointError: the directory is not a run's, or nothing has been saved yet.
+    """
+    read_config(workdir)
+    return _last(Path(workdir))
+
+
+def restore_params(
+    workdir: str | os.PathLike, target: Params | None = None, step: int | None = None
+) -> Params:
+    """A run's parameters alone (their average where the run kept one), to use or to start from.
+
+    Args:
+        target: a tree of `jax.ShapeDtypeStruct` with the shardings wanted; by default everything
+            is read as it was saved, onto the first device.
+        step: which checkpoint; by default the last.
+
+    Raises:
+        CheckpointError: not a run, no such checkpoint, one of another model, or a damaged one.
+    """
+    read_config(workdir)
+    step = _last(Path(workdir)) if step is None else step
+    directory = Path(workdir).absolute() / CHECKPOINTS
+    if step not in (steps := _finished_steps(directory)):
+        raise CheckpointError(f"{workdir} has no checkpoint of step {step}, only of {steps}")
+    with _manager(directory, read_only=True, save_interval_steps=0, create=False) as manager:
+        try:
+            item = "ema" if (directory / str(step) / "ema").exists() else "params"
+            saved = manager.item_metadata(step)[item].tree
+            if target is None:
+                here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                target = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
+                )
+            _check_same(saved, target)
+            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+            return manager.restore(step, args=args)[item]
+        except _Different as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {workdir} is of another model: {error}; use the"
+                f" model that its {CONFIG} describes"
+            ) from None
+        except _MEMORY_ERRORS:
+            raise
+        except Exception as error:
+            others = [other for other in steps if other != step]
+            advice = f"choose another step ({others})" if others else "it is the only one"
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {workdir} is damaged ({_first_line(error)}):"
+                f" {advice}"
+            ) from error
+
+
+def check_space(directory: Path, state: Any) -> None:
+    """Raises CheckpointError if the disk has no room for one more checkpoint of `state`."""
+    needed = sum(_bytes(leaf) for leaf in jax.tree.leaves(state))
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(
+            f"no space for a checkpoint in {directory}: it takes {needed / 1e9:.1f} GB and"
+            f" {free / 1e9:.1f} GB are free; make room (or keep fewer checkpoints) and run again"
+        )
+
+
+class _Different(Exception):
+    """The saved tree is not the one asked for."""
+
+
+_MEMORY_ERRORS = (MemoryError, jax.errors.JaxRuntimeError)  # the device's fault, not the file's
+
+
+def _manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
+    logging.getLogger("absl").addFilter(_not_an_error_of_orbax)
+    # Named up front, so that the shapes in a checkpoint can be read before its arrays.
+    arrays = {item: ocp.StandardCheckpointHandler() for item in ("params", "ema", "training")}
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(**options),
+        item_handlers={**arrays, "info": ocp.JsonCheckpointHandler()},
+    )
+
+
+def _not_an_error_of_orbax(record: logging.LogRecord) -> bool:
+    """Drops what Orbax logs (pages of it) about exceptions that it also raises, and we report."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _restore(
+    manager: ocp.CheckpointManager, target: TrainState, step: int
+) -> tuple[TrainState, dict[str, Any]]:
+    # The smallest item first: it says what the others should be.
+    info = manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
+    wanted = {
+        "params": target.params,
+        "training": target._replace(params=None, ema=None)._asdict(),
+    }
+    if target.ema is not None:
+        wanted["ema"] = target.ema
+    saved = manager.item_metadata(step)
+    for item, tree in wanted.items():
+        _check_same(saved[item].tree, tree)
+    args = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
+    items = manager.restore(step, args=ocp.args.Composite(**args))
+    rest = {**items.training, "params": items.params, "ema": items.get("ema")}
+    return TrainState(**rest), info
+
+
+def differences(given: Any, wanted: Any) -> str:
+    """The first arrays of two trees that differ in name or shape, in words; "" if none do."""
+    given, wanted = _shapes(given), _shapes(wanted)
+    found = [
+        f"{name} is {_shape(given.get(name))} there and {_shape(wanted.get(name))} here"
+        for name in sorted({**given, **wanted})
+        if given.get(name) != wanted.get(name)
+    ]
+    return ", ".join(found[:3]) + (f" (and {len(found) - 3} more)" if len(found) > 3 else "")
+
+
+def _check_same(saved: Any, wanted: Any) -> None:
+    if text := differences(saved, wanted):
+        raise _Different(text)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        leaf_name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if leaf_name(path) != "rng"  # a key has another shape on disk
+    }
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def leaf_name(path: tuple) -> str:
+    """ "encoder.layers.query" for the path of a leaf in a tree of dicts, tuples and NamedTuples."""
+    return ".".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 8)
+
+
+def _badness(metrics: Mapping[str, float]) -> float:
+    loss = metrics["eval_loss"]
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def _finished_steps(directory: Path) -> list[int]:
+    """Steps whose directories have been renamed to their final name, that is, are whole."""
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+
+
+def _last(workdir: Path) -> int:
+    steps = _finished_steps(workdir / CHECKPOINTS)
+    if not steps:
+        raise CheckpointError(
+            f"the run in {workdir} has saved no checkpoint yet: let it reach its first, or name"
+            " another workdir"
+        )
+    return steps[-1]
+
+
+def _said_plainly(error: Exception, what: str) -> CheckpointError:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or "no space left" in str(error).lower() or "quota exceeded" in str(error).lower():
+        return CheckpointError(f"no space is left: {what}; make room and run again")
+    return CheckpointError(f"{what} ({_first_line(error)})")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return text.split(" [tensorstore_spec")[0][:300]

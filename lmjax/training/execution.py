@@ -1,0 +1,33 @@
+"""How a model runs on the devices at hand."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from lmjax.models.layers import Execution
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionOptions:
+    """How the model runs. It may change when a run is resumed."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations and products; auto: float32 on a CPU, bfloat16 elsewhere. Parameters,
+    optimizer, softmax, norms and loss are float32 always."""
+    remat: Literal["none", "matmuls", "full"] = "none"
+    """What each layer forgets and computes again backwards: none (fastest), everything but the
+    outputs of matrix products (matmuls), or everything (full: least memory, a third slower)."""
+    attention: Literal["auto", "whole", "blocked"] = "auto"
+    """Attention over the whole batch at once, or one head of one example at a time, which is two
+    to three times as fast on one CPU device; auto picks blocked there and whole elsewhere."""
+
+    def resolve(self) -> Execution:
+        """The choice for this machine's devices."""
+        cpu = jax.default_backend() == "cpu"
+        dtype, attention = self.dtype, self.attention
+        if dtype == "auto":
+            dtype = "float32" if cpu else "bfloat16"
+        if attention == "auto":
+            attention = "blocked" if cpu and jax.device_count() == 1 else "whole"
+        return Execution(dtype, self.remat, attention)

@@ -1,0 +1,543 @@
+"""Training: one pure step, and the loop around it.
+
+The loop never waits for the device it has just given work: the metrics of a step are read while
+the next one runs. Evaluation and saving are the only points where the two meet.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lmjax.data.batches import Batches
+from lmjax.sharding.hardware import peak_flops
+from lmjax.sharding.mesh import (
+    DATA_PARALLEL,
+    Strategy,
+    activate,
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    put_batch,
+    shardings,
+)
+from lmjax.tasks.task import Batch, Params, Scalars, Task
+from lmjax.training.checkpoints import (
+    Checkpoints,
+    check_space,
+    claim_workdir,
+    differences,
+    leaf_name,
+)
+from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
+from lmjax.training.reporting import Reporter, count_tokens, memory_summary, parameter_summary
+from lmjax.training.schedules import Schedule
+from lmjax.training.state import (
+    Averaging,
+    TrainState,
+    abstract_parameters,
+    init_state,
+    state_axes,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitOptions:
+    """How a run is carried out; all of it may change when the run is resumed."""
+
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl. The last step is always logged."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out data. The last step is always evaluated."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints. The last step is always saved, and so is the current one on
+    Ctrl-C or SIGTERM."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept, beside the one with the best held-out loss."""
+    microbatches: int = 1
+    """Pieces in which a batch is computed, one after the other, to need less memory. The gradient
+    is the same but for rounding and other draws of dropout."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient is infinite or not a number. The parameters never change
+    in such a step. stop: end with a report. skip: count it and go on with the next batch."""
+    max_skips: int = 20
+    """With nonfinite=skip: stop after this many such steps in a row."""
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if name != "nonfinite" and value < 1:
+                raise ValueError(f"{name} is {value}, and must be at least 1")
+        if self.nonfinite not in ("stop", "skip"):
+            raise ValueError(f"nonfinite is {self.nonfinite!r}, not 'stop' or 'skip'")
+
+
+class Fitted(NamedTuple):
+    """The state at the end, and whether a signal ended the run before its last step."""
+
+    state: TrainState
+    interrupted: bool
+
+
+class NonFinite(FloatingPointError):
+    """A loss or gradient became infinite or not a number; the message is the report."""
+
+
+def fit(
+    task: Task,
+    optimizer: Adafactor | AdamW,
+    data: Batches,
+    *,
+    steps: int,
+    workdir: str | os.PathLike,
+    seed: int,
+    experiment: str,
+    identity: Mapping[str, Any],
+    runtime: FitOptions = FitOptions(),  # noqa: B008 (it is frozen)
+    evaluation: Sequence[Mapping[str, np.ndarray]] = (),
+    averaging: Averaging | None = None,
+    init: Callable[[], Params] | None = None,
+    strategy: Strategy = DATA_PARALLEL,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> Fitted:
+    """Trains until `steps` steps are done, from the last checkpoint in `workdir` if it has one.
+
+    The first SIGINT or SIGTERM ends the run after the step at hand, with a checkpoint; the second
+    ends it at once.
+
+    Args:
+        seed: of the parameters and of dropout (the data has its own).
+        experiment: the experiment's name, for config.json.
+        identity: what must be the same when the run is resumed; dataclasses and JSON. It is kept
+            in config.json, together with `averaging`.
+        evaluation: held-out batches, each this host's rows; metrics are exact over all of them.
+        averaging: keep a moving average of the parameters, and evaluate that.
+        init: gives the parameters to start from; called only where there is no checkpoint.
+        files: what else it takes to use the checkpoints, such as a tokenizer: name -> content,
+            written beside config.json.
+
+    Raises:
+        ValueError: a batch that does not divide over the devices, parameters from `init` of
+            another shape, or data that ends too early.
+        CheckpointError: a workdir or checkpoint of another run, or damaged, or no space left.
+        NonFinite: see `FitOptions.nonfinite`.
+    """
+    mesh = make_mesh(strategy)
+    check_batch_size(data.batch_size, mesh, strategy, runtime.microbatches)
+    for batch in evaluation:
+        rows = len(next(iter(batch.values()))) * jax.process_count()
+        check_batch_size(rows, mesh, strategy)
+    settings = {"steps": steps, "strategy": strategy.name, "fit": runtime}
+    identity = {**identity, "averaging": averaging}
+    claim_workdir(workdir, experiment, identity, settings, files)
+
+    with (
+        activate(mesh, strategy),
+        Interruption() as interruption,
+        contextlib.closing(Checkpoints(workdir, runtime.keep)) as checkpoints,
+        contextlib.ExitStack() as cleanup,
+    ):
+        transformation, build, target = plan(task, optimizer, averaging, seed, mesh, strategy)
+        state, info = restore_or_begin(checkpoints, target, build, init)
+        first = int(state.step)
+        if first >= steps:
+            _print(f"{workdir} is at step {first} already: nothing is left to do up to {steps}")
+            return Fitted(state, interrupted=False)
+
+        feed = cleanup.enter_context(Feed(data, info["position"], batch_sharding(mesh, strategy)))
+        batch = feed.next()
+        step = functools.partial(
+            train_step,
+            task=task,
+            optimizer=transformation,
+            schedule=optimizer.schedule,
+            microbatches=runtime.microbatches,
+            averaging=averaging,
+        )
+        compiled, seconds = compile_step(step, target, batch)
+        flops = task.flops({name: array.shape for name, array in batch.items()})
+        peak = peak_flops(mesh.devices.flat[0])
+        reporter = Reporter(workdir, first, steps, flops, peak and peak * mesh.size)
+        cleanup.enter_context(reporter)
+        reporter.say(parameter_summary(target.params))
+        reporter.say(memory_summary(target, compiled))
+        reporter.say(f"  compiled in {seconds:.1f} s; {first} of {steps} steps are done")
+        evaluator = Evaluator(task, evaluation, feed.sharding) if evaluation else None
+        guard = Guard(runtime, checkpoints, target.params, info["skipped"])
+        loop = Loop(compiled, feed, evaluator, checkpoints, reporter, guard, runtime)
+        state = loop.run(state, batch, first, steps, interruption)
+    last = int(state.step)
+    if last < steps:
+        _print(f"Stopped at step {last} of {steps}, which is saved: the same command continues it.")
+    return Fitted(state, interrupted=last < steps)
+
+
+def _print(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+# --- the step: pure functions
+
+
+class Outcome(NamedTuple):
+    """What the host learns of a step: metrics, and the squared norm of each gradient."""
+
+    metrics: Scalars
+    squares: Float[Array, " parameters"]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    task: Task,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    microbatches: int,
+    averaging: Averaging | None,
+) -> tuple[TrainState, Outcome]:
+    """One step of training.
+
+    If the loss or a gradient is not finite, the state stays as it was but for the step counter.
+    """
+    key = jax.random.fold_in(state.rng, state.step)
+    loss, metrics, extra, gradients = accumulate(task, state, batch, key, microbatches)
+    squares = jnp.stack(
+        [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)]
+    )
+    finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
+
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    ema = None if averaging is None else averaging.update(state.ema, params, step)
+    new = TrainState(step, params, extra, opt_state, ema, state.rng)
+    old = state._replace(step=step)
+    metrics = {
+        **metrics,
+        "loss": loss,
+        "grad_norm": jnp.sqrt(squares.sum()),
+        "learning_rate": schedule(state.step),
+    }
+    state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+    return state, Outcome(metrics, squares)
+
+
+def accumulate(
+    task: Task, state: TrainState, batch: Batch, key: PRNGKeyArray, microbatches: int
+) -> tuple[Float[Array, ""], Scalars, Any, Params]:
+    """(loss, metrics, extra, gradients) of a batch, computed in `microbatches` pieces.
+
+    All are divided by the normalizers of the whole batch, so those of the pieces simply add up.
+    `extra` is passed on from piece to piece.
+    """
+    normalizers = task.normalizers(batch)
+
+    def loss(params, extra, piece, key):
+        return task.loss(params, extra, piece, normalizers, {"dropout": key}, state.step)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if microbatches == 1:
+        (value, (metrics, extra)), gradients = gradient(state.params, state.extra, batch, key)
+        return value, metrics, extra, gradients
+
+    def add(carry, inputs):
+        extra, total = carry
+        (value, (metrics, extra)), gradients = gradient(state.params, extra, *inputs)
+        total = jax.tree.map(jnp.add, total, gradients)
+        return (extra, total), (value, metrics)
+
+    inputs = split(batch, microbatches), jax.random.split(key, microbatches)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (extra, gradients), sums = jax.lax.scan(add, (state.extra, zeros), inputs)
+    value, metrics = jax.tree.map(lambda x: x.sum(0), sums)
+    return value, metrics, extra, gradients
+
+
+def split(batch: Batch, pieces: int) -> Batch:
+    """[B, ...] -> [pieces, B / pieces, ...], each device keeping the rows it has."""
+
+    def pile(x):
+        x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+        return nn.with_logical_constraint(x, (None, "batch", *(None,) * (x.ndim - 2)))
+
+    return jax.tree.map(pile, batch)
+
+
+# --- before the first step
+
+
+def plan(
+    task: Task,
+    optimizer: Adafactor | AdamW,
+    averaging: Averaging | None,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    strategy: Strategy,
+) -> tuple[Optimizer, Callable[[Params | None], TrainState], TrainState]:
+    """(optimizer, a function that builds the first state, that state's shapes and shardings)."""
+    params, axes = abstract_parameters(task)
+    transformation = optimizer.transformation(axes, task.labels(params))
+    build = functools.partial(init_state, task, transformation, averaging is not None, seed)
+    shapes = jax.eval_shape(build)
+    where = shardings(mesh, strategy, shapes, state_axes(shapes, axes, transformation))
+    target = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
+    )
+    return transformation, build, target
+
+
+def restore_or_begin(
+    checkpoints: Checkpoints,
+    target: TrainState,
+    build: Callable[[Params | None], TrainState],
+    init: Callable[[], Params] | None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the last checkpoint and what was saved beside it, or those of a new run."""
+    latest = checkpoints.latest_step
+    if latest is not None:
+        return checkpoints.restore(target, latest)
+    check_space(checkpoints.directory, target)
+    params = None
+    if init is not None:
+        params = init()
+        if text := differences(params, target.params):
+            raise ValueError(f"the parameters to start from are of another model: {text}")
+        params = jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target.params)
+    state = jax.jit(build, out_shardings=_shardings(target))(params)
+    return state, {"position": None, "skipped": 0}
+
+
+def compile_step(
+    step: Callable, target: TrainState, batch: Batch
+) -> tuple[jax.stages.Compiled, float]:
+    """The step compiled for these shapes, which reuses the old state's memory; seconds it took."""
+    began = time.perf_counter()
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(_shardings(target), None))
+    return jitted.lower(target, batch).compile(), time.perf_counter() - began
+
+
+def _shardings(target: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, target)
+
+
+# --- the loop
+
+
+class Feed:
+    """Batches on their way to the devices, and the position in the data after the last of them."""
+
+    def __init__(self, data: Batches, position: dict | None, sharding: jax.sharding.Sharding):
+        self.sharding, self.position, self.tokens = sharding, position, 0
+        self._stream = data.start(position)
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if hasattr(self._stream, "close"):  # a generator: ends its threads and processes
+            self._stream.close()
+
+    def next(self) -> dict[str, jax.Array]:
+        try:
+            rows, self.position = next(self._stream)
+        except StopIteration:
+            raise ValueError(
+                "the training data ended before the last step: give it more data or fewer steps"
+            ) from None
+        self.tokens = count_tokens(rows) * jax.process_count()
+        return put_batch(rows, self.sharding)
+
+
+class Evaluator:
+    """Metrics over held-out batches, weighted as if they were one batch."""
+
+    def __init__(
+        self,
+        task: Task,
+        batches: Sequence[Mapping[str, np.ndarray]],
+        sharding: jax.sharding.Sharding,
+    ):
+        self._batches, self._sharding = batches, sharding
+        self._evaluate = jax.jit(task.evaluate)
+        normalize = jax.jit(task.normalizers)
+        self._normalizers = _total(normalize(put_batch(batch, sharding)) for batch in batches)
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        results = (
+            self._evaluate(
+                state.evaluated, state.extra, put_batch(batch, self._sharding), self._normalizers
+            )
+            for batch in self._batches
+        )
+        return _floats(_total(results))
+
+
+def _total(trees: Iterator[Any]) -> Any:
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), trees)
+
+
+def _floats(metrics: Scalars) -> dict[str, float]:
+    """Metrics as numbers, the loss first: JAX sorts dicts by name."""
+    return {name: float(metrics[name]) for name in sorted(metrics, key=lambda k: (k != "loss", k))}
+
+
+class Guard:
+    """Watches for losses and gradients that are not finite, and ends the run when told to."""
+
+    def __init__(self, runtime: FitOptions, checkpoints: Checkpoints, params: Params, skipped: int):
+        self.skipped, self._in_a_row = skipped, 0
+        self._runtime, self._checkpoints = runtime, checkpoints
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        self._names = [leaf_name(path) for path, _ in paths]
+
+    def check(self, step: int, outcome: Outcome) -> None:
+        """Raises NonFinite if this step was not finite and may not (or no longer) be skipped."""
+        if math.isfinite(outcome.metrics["loss"]) and np.isfinite(outcome.squares).all():
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._runtime.nonfinite == "skip" and self._in_a_row < self._runtime.max_skips:
+            return
+        raise NonFinite(self._report(step, outcome))
+
+    def _report(self, step: int, outcome: Outcome) -> str:
+        metrics = [f"{k} is {v}" for k, v in outcome.metrics.items() if not math.isfinite(v)]
+        names = [
+            name
+            for name, square in zip(self._names, outcome.squares, strict=True)
+            if not np.isfinite(square)
+        ]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        self._checkpoints.wait()
+        last = self._checkpoints.latest_step
+        if self._runtime.nonfinite == "stop":
+            advice = "nonfinite=skip leaves such batches out"
+        else:
+            advice = f"that makes {self._in_a_row} steps in a row (max_skips)"
+        return (
+            f"step {step} is not finite: {', '.join(metrics)}; gradients that are not finite:"
+            f" {', '.join(names[:5]) or 'none'}{more} ({len(names)} of {len(self._names)})."
+            f" The parameters were not changed by it. Last good checkpoint:"
+            f" {'none yet' if last is None else f'step {last}'}."
+            f" The same command continues from there; {advice}; a lower learning rate, a longer"
+            " warm-up or gradient clipping needs a new workdir."
+        )
+
+
+@dataclasses.dataclass
+class Loop:
+    """Steps, and what happens between them."""
+
+    step: jax.stages.Compiled
+    feed: Feed
+    evaluate: Evaluator | None
+    checkpoints: Checkpoints
+    reporter: Reporter
+    guard: Guard
+    runtime: FitOptions
+
+    def run(
+        self,
+        state: TrainState,
+        batch: Batch,
+        first: int,
+        steps: int,
+        interruption: "Interruption",
+    ) -> TrainState:
+        """Trains from step `first` to step `steps`, or until interrupted; saves the last state."""
+        if first == 0:
+            self._evaluate(state, 0)
+        self.reporter.begin()
+        late = None  # the last step given to the devices, whose outcome has not been read
+        for number in range(first + 1, steps + 1):
+            state, outcome = self.step(state, batch)
+            if late:
+                self._observe(*late)
+            late = number, self.feed.tokens, outcome
+
+            last = number == steps or interruption.requested
+            evaluate = number == steps or number % self.runtime.eval_every == 0
+            save = last or number % self.runtime.checkpoint_every == 0
+            if evaluate or save:
+                self._observe(*late, log=last)  # so that nothing that is saved is unchecked
+                late = None
+                with self.reporter.speed.stopped():
+                    metrics = self._evaluate(state, number) if evaluate else None
+                    if save:
+                        info = {"position": self.feed.position, "skipped": self.guard.skipped}
+                        self.checkpoints.save(number, state, info, metrics)
+            if last:
+                break
+            batch = self.feed.next()
+        self.checkpoints.wait()
+        self.reporter.draw()
+        return state
+
+    def _observe(self, step: int, tokens: int, outcome: Outcome, log: bool = False) -> None:
+        """Waits for a step, logs it when its turn has come, and checks that it was finite."""
+        outcome = jax.device_get(outcome)
+        self.reporter.stepped(step, tokens)
+        try:
+            self.guard.check(step, outcome)
+        except NonFinite:
+            log = True
+            raise
+        finally:
+            if log or step % self.runtime.log_every == 0:
+                metrics = {**_floats(outcome.metrics), "skipped": self.guard.skipped}
+                self.reporter.log(step, metrics)
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
+        if self.evaluate is None:
+            return None
+        metrics = self.evaluate(state)
+        self.reporter.log_evaluation(step, metrics, averaged=state.ema is not None)
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+class Interruption:
+    """While entered, the first SIGINT or SIGTERM only sets `requested`; a second one acts as ever.
+
+    Signals reach the main thread only; elsewhere this does nothing.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+
+    def _request(self, number: int, _) -> None:
+        self.requested = True
+        self._restore()
+        name = signal.Signals(number).name
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{name}: finishing this step and saving; again to stop at once\n".encode())
+
+    def _restore(self) -> None:
+        while self._handlers:
+            number, handler = self._handlers.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

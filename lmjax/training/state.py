@@ -1,0 +1,82 @@
+"""Everything a run carries from step to step."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from lmjax.tasks.task import Params, Task
+from lmjax.training.optimizers import Optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Averaging:
+    """An exponential moving average of the parameters, which evaluation then uses."""
+
+    decay: float = 0.999
+    """What part of the average is kept at each update."""
+    interval: int = 1
+    """Steps from one update to the next."""
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1 or self.interval < 1:
+            raise ValueError(f"averaging needs 0 <= decay < 1 and interval >= 1, not {self}")
+
+    def update(self, average: Params, params: Params, step: Int[Array, ""]) -> Params:
+        """The average after `step` steps."""
+        kept = jnp.where(step % self.interval == 0, self.decay, 1.0)
+        return jax.tree.map(
+            lambda a, p: (kept * a + (1 - kept) * p).astype(a.dtype), average, params
+        )
+
+
+class TrainState(NamedTuple):
+    """`step` counts the steps taken; `rng` never changes: keys are folded from it and the step."""
+
+    step: Int[Array, ""]
+    params: Params
+    extra: Any
+    opt_state: Any
+    ema: Params | None
+    rng: PRNGKeyArray
+
+    @property
+    def evaluated(self) -> Params:
+        """The parameters that evaluation and users get: the average where one is kept."""
+        return self.params if self.ema is None else self.ema
+
+
+def abstract_parameters(task: Task) -> tuple[Params, Any]:
+    """Shapes and logical axes of a task's parameters, without computing them."""
+    found = {}
+
+    def init(key):
+        params, found["axes"], _ = task.init(key)
+        return params
+
+    return jax.eval_shape(init, jax.random.key(0)), found["axes"]
+
+
+def init_state(
+    task: Task, optimizer: Optimizer, averaged: bool, seed: int, params: Params | None = None
+) -> TrainState:
+    """The state at step 0, with parameters drawn from `seed` unless `params` are given."""
+    init_key, rng = jax.random.split(jax.random.key(seed))
+    drawn, _, extra = task.init(init_key)
+    params = drawn if params is None else params
+    ema = jax.tree.map(jnp.copy, params) if averaged else None
+    return TrainState(jnp.int32(0), params, extra, optimizer.init(params), ema, rng)
+
+
+def state_axes(state: TrainState, params_axes: Any, optimizer: Optimizer) -> TrainState:
+    """Logical axes for each array of an abstract state."""
+    return TrainState(
+        step=(),
+        params=params_axes,
+        extra=jax.tree.map(lambda x: (None,) * len(x.shape), state.extra),
+        opt_state=optimizer.state_axes(state.params),
+        ema=None if state.ema is None else params_axes,
+        rng=(),
+    )

@@ -1,0 +1,227 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.training.checkpoints import CheckpointError, latest_step, restore_params
+from lmjax.training.fit import FitOptions, NonFinite, accumulate, train_step
+from lmjax.training.reporting import METRICS, read_metrics
+from lmjax.training.state import Averaging, init_state
+from tests.training import toy
+
+ROOT = Path(__file__).parents[2]
+
+
+def losses(workdir):
+    records = read_metrics(Path(workdir) / METRICS)
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def assert_same(a, b):
+    """Bit for bit."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+
+def start(averaging=None, task=None):
+    """A first state and a jitted step, without the loop."""
+    task = task or toy.Regression()
+    params, axes, _ = task.init(jax.random.key(0))
+    optimizer = toy.OPTIMIZER.transformation(axes, task.labels(params))
+    state = init_state(task, optimizer, averaging is not None, seed=3)
+
+    def step(state, batch):
+        return train_step(
+            state, batch, task=task, optimizer=optimizer, schedule=toy.OPTIMIZER.schedule,
+            microbatches=1, averaging=averaging,
+        )  # fmt: skip
+
+    return state, jax.jit(step)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 14 steps that nothing disturbed: (its directory, its last state)."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, toy.train(workdir, 14).state
+
+
+def run_script(workdir, steps, fate, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "tests.training.toy", str(workdir), str(steps), fate],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# --- the step
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+    task = toy.Regression(dropout=0.0)
+    state, _ = start(task=task)
+    batch = toy.Numbers(batch_size=12).batch(0)
+    key = jax.random.key(0)
+    jitted = jax.jit(accumulate, static_argnums=(0, 4))
+    parts = jitted(task, state, batch, key, 4)
+    whole = jitted(task, state, batch, key, 1)
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counter():
+    state, step = start(averaging=Averaging(0.5))
+    state, _ = step(state, toy.Numbers().batch(0))
+    after, outcome = step(state, toy.Numbers(bad=[1]).batch(1))
+    assert_same(after._replace(step=state.step), state)
+    assert after.step == state.step + 1
+    assert not np.isfinite(outcome.metrics["loss"])
+
+
+def test_average_is_updated_at_its_interval():
+    state, step = start(averaging=Averaging(decay=0.75, interval=2))
+    expected = state.params
+    for number in range(1, 5):
+        state, _ = step(state, toy.Numbers().batch(number))
+        if number % 2 == 0:
+            expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, expected, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.ema, expected)
+
+
+# --- evaluation
+
+
+def test_evaluation_is_exact_over_batches_of_unequal_weight_and_uses_the_average(tmp_path):
+    state = toy.train(tmp_path, 3, averaging=Averaging(0.9), evaluation=toy.EVALUATION).state
+    joined = {k: np.concatenate([b[k] for b in toy.EVALUATION]) for k in toy.EVALUATION[0]}
+    task = toy.Regression()
+    expected = task.evaluate(state.ema, {}, joined, task.normalizers(joined))["loss"]
+    last = read_metrics(tmp_path / METRICS)[-1]
+    assert last["step"] == 3
+    assert last["eval_loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert_same(restore_params(tmp_path), state.ema)
+    with pytest.raises(CheckpointError, match=r"averaging.decay 0.9 -> 0.5\)"):
+        toy.train(tmp_path, 4, averaging=Averaging(0.5))
+
+
+# --- going on where a run ended
+
+
+def test_resuming_is_bit_exact(tmp_path, whole):
+    toy.train(tmp_path, 6)
+    resumed = toy.train(tmp_path, 14).state
+    assert losses(tmp_path) == losses(whole[0])
+    assert_same(resumed, whole[1])
+
+
+def test_steps_already_reached_are_not_repeated(tmp_path, capsys):
+    toy.train(tmp_path, 3)
+    before = (tmp_path / METRICS).read_bytes()
+    result = toy.train(tmp_path, 2)
+    assert result.state.step == 3
+    assert not result.interrupted
+    assert "at step 3 already" in capsys.readouterr().out
+    assert (tmp_path / METRICS).read_bytes() == before
+
+
+def test_a_run_killed_twice_continues_bit_exactly(tmp_path, whole):
+    assert run_script(tmp_path, 14, "kill-between").returncode == -signal.SIGKILL
+    assert latest_step(tmp_path) == 4
+    assert run_script(tmp_path, 14, "kill-saving").returncode == -signal.SIGKILL
+    assert latest_step(tmp_path) in (4, 8)  # the second may just have been finished
+    state = toy.train(tmp_path, 14).state
+    assert losses(tmp_path) == losses(whole[0])
+    assert_same(state, whole[1])
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_sigterm_saves_and_another_number_of_devices_continues(tmp_path, whole):
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = run_script(tmp_path, 14, "terminate", **eight)
+    assert done.returncode == 0, done.stderr
+    assert "8 x cpu" in done.stdout
+    saved = latest_step(tmp_path)
+    assert saved == 6  # the signal came while the sixth batch was made
+    assert f"Stopped at step {saved} of 14" in done.stdout
+    assert "the same command continues it" in done.stdout
+    assert max(losses(tmp_path)) == saved
+
+    toy.train(tmp_path, 14)
+    ours, theirs = losses(tmp_path), losses(whole[0])
+    np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=2e-6)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(tmp_path, 14, data=toy.Numbers(before={6: twice}))
+    assert latest_step(tmp_path) == 4
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_starting_from_given_parameters(tmp_path, whole):
+    given = restore_params(whole[0])
+    assert_same(given, whole[1].params)
+    toy.train(tmp_path / "a", 1, init=lambda: given, evaluation=toy.EVALUATION[:1])
+    batch, task = toy.EVALUATION[0], toy.Regression()
+    expected = task.evaluate(given, {}, batch, task.normalizers(batch))["loss"]
+    first = read_metrics(tmp_path / "a" / METRICS)[0]
+    assert first["eval_loss"] == pytest.approx(float(expected), rel=1e-6)
+
+    narrow = {**given, "out": {"kernel": jnp.zeros((4, 1))}}
+    with pytest.raises(ValueError, match=r"out.kernel is \[4, 1\] there and \[8, 1\] here"):
+        toy.train(tmp_path / "b", 1, init=lambda: narrow)
+
+
+# --- what goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_report(tmp_path):
+    with pytest.raises(NonFinite) as error:
+        toy.train(tmp_path, 14, data=toy.Numbers(bad=[5]))
+    for part in ("step 6 ", "loss is inf", "hidden.kernel", "step 4", "nonfinite=skip"):
+        assert part in str(error.value)
+    assert read_metrics(tmp_path / METRICS)[-1]["loss"] is None
+    assert latest_step(tmp_path) == 4
+
+
+def test_steps_that_are_not_finite_can_be_skipped_a_few_times(tmp_path):
+    data = toy.Numbers(bad=[2, 5, 6])
+    options = FitOptions(log_every=1, nonfinite="skip", max_skips=2)
+    state = toy.train(tmp_path, 4, data=data, runtime=options).state
+    assert state.step == 4
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(state.params))
+    with pytest.raises(NonFinite, match=r"2 steps in a row \(max_skips\)"):
+        toy.train(tmp_path, 9, data=data, runtime=options)
+    last = read_metrics(tmp_path / METRICS)[-1]
+    assert (last["step"], last["skipped"]) == (7, 3)  # counted across the resume
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="8 rows .* 3 micro-batch.* 6 or 9"):
+        toy.train(tmp_path / "run", 4, runtime=FitOptions(microbatches=3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_ends_early(tmp_path):
+    class Nothing(toy.Numbers):
+        def start(self, position):
+            return iter(())
+
+    with pytest.raises(ValueError, match="training data ended"):
+        toy.train(tmp_path, 4, data=Nothing())
