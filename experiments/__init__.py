@@ -1,0 +1,1 @@
+"""One runnable document per result: python -m experiments.t5_pretrain"""

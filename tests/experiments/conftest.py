@@ -1,0 +1,54 @@
+"""A small corpus, a small model, and experiments as processes of their own."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = """--model.vocab 512 --model.layers 2 --model.width 64 --model.heads 4 --model.head-width 16
+--model.feed-forward 128 --objective.inputs-length 64 --batch 8 --data.vocab-size 300
+--eval-batches 2 --fit.eval-every 10""".split()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """English and Korean files with something to learn in them."""
+    directory = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    english = (
+        "the function returns an array of values when axis is given and raises an error".split()
+    )
+    korean = "함수는 값의 배열을 돌려준다 축이 주어지면 오류를 낸다 새 배열의 모양은 같다".split()
+    for name, words in {"english": english, "korean": korean}.items():
+        blocks = (" ".join(draw.choices(words, k=80)) for _ in range(150))
+        (directory / f"{name}.txt").write_text("\n\n".join(blocks), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture
+def run(cache, tmp_path):
+    """Runs `python -m MODULE ARGUMENTS...` from the repository's root."""
+
+    def run(module, *arguments, check=True, **options):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "LMJAX_CACHE": str(cache), "COLUMNS": "100"},
+            capture_output=True,
+            text=True,
+            **options,
+        )
+        if check:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
