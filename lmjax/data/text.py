@@ -63,15 +63,19 @@ def read_text(
     seed: int,
     workers: int = 0,
     eval_batches: int = 8,
+    tokenizer: SentencePieceTokenizer | None = None,
 ) -> Text:
     """Opens, tokenizes (or finds tokenized) and batches the text for this host.
+
+    `tokenizer` is the one to use where the settings name none, instead of training one.
 
     Raises:
         ValueError, OSError: settings that contradict each other, or text, tokenizer or tokens that
             cannot be used; one sentence says why.
     """
     source = open_source(data)
-    tokenizer = open_tokenizer(data, source)
+    if tokenizer is None or data.tokenizer is not None:
+        tokenizer = open_tokenizer(data, source)
     bound = objective.bind(tokenizer.sentinels, tokenizer.eos_id)
     host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     common = {"objective": bound, "lengths": objective.lengths, "batch_size": batch}

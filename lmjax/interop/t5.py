@@ -1,0 +1,320 @@
+"""T5, T5 1.1 and mT5 to and from Hugging Face directories.
+
+Reference files: transformers configuration_t5.py, configuration_mt5.py, modeling_t5.py.
+Departures: transformers lets a configuration choose any activation and special ids; here the three
+published families load and everything else is refused by name.
+"""
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sentencepiece
+
+from lmjax.data.cache import atomic_directory
+from lmjax.data.tokenizers import SentencePieceTokenizer
+from lmjax.interop.safetensors import (
+    CONFIG,
+    Tensors,
+    local_directory,
+    read_json,
+    write_json,
+    write_tensors,
+)
+from lmjax.models.layers import unboxed
+from lmjax.models.t5 import PRESETS, T5, T5Config
+
+# What a config.json that lacks a field means, by its model_type.
+DEFAULTS = {"t5": T5Config(), "mt5": PRESETS["mt5-small"]}
+FIELDS = {
+    "vocab": "vocab_size",
+    "layers": "num_layers",
+    "decoder_layers": "num_decoder_layers",
+    "width": "d_model",
+    "heads": "num_heads",
+    "head_width": "d_kv",
+    "feed_forward": "d_ff",
+    "dropout": "dropout_rate",
+    "relative_buckets": "relative_attention_num_buckets",
+    "relative_distance": "relative_attention_max_distance",
+    "norm_epsilon": "layer_norm_epsilon",
+}
+ACTIVATIONS = {"relu": False, "gated-gelu": True}
+"""feed_forward_proj -> T5Config.gated; transformers' "gated-gelu" is the tanh approximation."""
+SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+"""One matrix; files hold it under one or more of these names."""
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+"""Old files have this table, which no version of the model reads."""
+
+PIECES = "spiece.model"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+# --- configuration
+
+
+def config_from_json(content: dict[str, Any], source: str = CONFIG) -> T5Config:
+    """The model that a config.json describes; `source` names it in errors.
+
+    Raises:
+      ValueError: a setting that this T5 does not have.
+    """
+    model_type = content.get("model_type")
+    if model_type not in DEFAULTS:
+        raise ValueError(f"{source}: model_type is {model_type!r}, not one of {list(DEFAULTS)}")
+    default = DEFAULTS[model_type]
+    fields = {
+        ours: content.get(theirs, None if ours == "decoder_layers" else getattr(default, ours))
+        for ours, theirs in FIELDS.items()
+    }
+    activation = content.get("feed_forward_proj", "gated-gelu" if default.gated else "relu")
+    gated = ACTIVATIONS.get(activation)
+    if gated is None or content.get("is_gated_act", gated) != gated:
+        raise ValueError(
+            f"{source}: feed_forward_proj is {activation!r} (is_gated_act "
+            f"{content.get('is_gated_act')}), not one of {list(ACTIVATIONS)}"
+        )
+    for name, known in SPECIAL_IDS.items():
+        if content.get(name) not in (None, known):
+            raise ValueError(f"{source}: {name} is {content[name]}, but T5 here has it at {known}")
+    # transformers 5 ties names of matrices by one field and means the family by the other.
+    tied = content.get("tie_word_embeddings", default.tied)
+    tied = content.get("scale_decoder_outputs", tied)
+    try:
+        return T5Config(gated=gated, tied=tied, **fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} describes no T5: {error}") from error
+
+
+def config_to_json(config: T5Config) -> dict[str, Any]:
+    """The config.json of a model; one with mT5's vocabulary is called mT5."""
+    mt5 = config.vocab == DEFAULTS["mt5"].vocab
+    activation = next(name for name, gated in ACTIVATIONS.items() if gated == config.gated)
+    return {
+        "architectures": [f"{'MT5' if mt5 else 'T5'}ForConditionalGeneration"],
+        "model_type": "mt5" if mt5 else "t5",
+        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
+        "feed_forward_proj": activation,
+        "tie_word_embeddings": config.tied,
+        **SPECIAL_IDS,
+        "is_encoder_decoder": True,
+        "use_cache": True,
+        "torch_dtype": "float32",
+    }
+
+
+# --- parameters
+
+
+class Source(NamedTuple):
+    """Where a parameter is in a file: `{}` in the key is the layer, where the parameter is stacked.
+
+    Kernels are transposed: torch stores [out, in].
+    """
+
+    key: str
+    transposed: bool = False
+
+
+def sources(config: T5Config) -> dict[str, Source]:
+    """The key of every parameter, by its path in our tree; both directions follow this table."""
+    attention = {"query": "q", "key": "k", "value": "v", "out": "o"}
+    gated = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
+    feed_forward = gated if config.gated else {"up": "wi", "down": "wo"}
+    own = ("attention", "SelfAttention", attention)
+    cross = ("cross_attention", "EncDecAttention", attention)
+    last = ("feed_forward", "DenseReluDense", feed_forward)
+
+    table = {"embedding": Source(EMBEDDINGS[0])}
+    if not config.tied:
+        table["output"] = Source("lm_head.weight")
+    for side, sublayers in {"encoder": (own, last), "decoder": (own, cross, last)}.items():
+        bias = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        table[f"{side}/relative_bias/table"] = Source(bias)
+        table[f"{side}/final_norm/scale"] = Source(f"{side}.final_layer_norm.weight")
+        for index, (ours, theirs, kernels) in enumerate(sublayers):
+            key, path = f"{side}.block.{{}}.layer.{index}", f"{side}/layers/{ours}"
+            table[f"{path}_norm/scale"] = Source(f"{key}.layer_norm.weight")
+            for kernel, name in kernels.items():
+                table[f"{path}/{kernel}"] = Source(f"{key}.{theirs}.{name}.weight", True)
+    return table
+
+
+def parameter_shapes(config: T5Config):
+    """Our tree of parameters as `jax.ShapeDtypeStruct`s."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(
+        lambda: unboxed(T5(config).init(jax.random.key(0), tokens, tokens)["params"])[0]
+    )
+
+
+def import_params(config: T5Config, tensors: Tensors):
+    """Our tree of float32 NumPy arrays, read one tensor at a time into the stacked arrays.
+
+    Raises:
+      ValueError: tensors are missing, left over, or of another shape than `config` says.
+    """
+    table, keys = sources(config), tensors.keys()
+    present = [key for key in EMBEDDINGS if key in keys]
+    if present:
+        table["embedding"] = Source(present[0])
+    copies = {*present[1:], "lm_head.weight"} if config.tied else set(present[1:])
+
+    wanted = {
+        key
+        for path, source in table.items()
+        for key in [source.key.format(layer) for layer in range(_layers(config, path))]
+    }
+    _refuse(wanted - keys, f"{tensors.directory} lacks", "which its config calls for")
+    left = keys - wanted - copies - {UNUSED}
+    _refuse(left, f"{tensors.directory} holds", "which a T5 of its config has no place for")
+
+    def read(path, parameter) -> np.ndarray:
+        key, transposed = table[_name(path)]
+        if "{}" not in key:
+            return tensors.read(key, parameter.shape)
+        array = np.empty(parameter.shape, np.float32)
+        for layer, into in enumerate(array):
+            into = into.T if transposed else into
+            into[:] = tensors.read(key.format(layer), into.shape)
+        return array
+
+    params = jax.tree_util.tree_map_with_path(read, parameter_shapes(config))
+    for key in sorted(copies & keys):
+        if not np.array_equal(tensors.read(key, params["embedding"].shape), params["embedding"]):
+            raise ValueError(
+                f"{key} in {tensors.directory} differs from {table['embedding'].key}, but T5 has "
+                "one matrix for both (a T5 1.1 says tie_word_embeddings: false in its config.json)"
+            )
+    return params
+
+
+def export_tensors(config: T5Config, params) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, float32 array) of every tensor of a Hugging Face file, one at a time.
+
+    Raises:
+      ValueError: `params` are not those of `config`.
+    """
+    table, shapes = sources(config), _leaves(parameter_shapes(config))
+    leaves = _leaves(params)
+    for name in sorted({*shapes, *leaves}):
+        wanted, found = (tuple(np.shape(t[name])) if name in t else None for t in (shapes, leaves))
+        if wanted != found:
+            raise ValueError(f"params: {name} is {found or 'absent'}, but the config has {wanted}")
+    for name, array in leaves.items():
+        key, transposed = table[name]
+        array = np.asarray(array, np.float32)
+        for layer, one in enumerate(array if "{}" in key else [array]):
+            yield key.format(layer), one.T if transposed else one
+
+
+def _layers(config: T5Config, path: str) -> int:
+    """How many tensors of a file make one parameter."""
+    if "/layers/" not in path:
+        return 1
+    return config.layers if path.startswith("encoder") else config.decoder_layers
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _leaves(tree) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _refuse(keys: Collection[str], before: str, after: str) -> None:
+    if keys:
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        raise ValueError(f"{before} {min(keys)}{more}, {after}")
+
+
+# --- directories
+
+
+def load_pretrained(path_or_repo: str | os.PathLike) -> tuple[T5Config, Any]:
+    """(config, params) of a directory or Hub repository; params are float32 arrays on the host.
+
+    Host memory peaks at one copy of the parameters, whatever the file's float type, beside pages of
+    the mapped file, which the system takes back at will.
+
+    Raises:
+      FileNotFoundError: no such directory or repository, or it has no safetensors.
+      ValueError: another model, or a damaged or incomplete file; the message names it.
+    """
+    directory = local_directory(path_or_repo)
+    config = config_from_json(read_json(directory / CONFIG), str(directory / CONFIG))
+    return config, import_params(config, Tensors(directory))
+
+
+def load_tokenizer(path_or_repo: str | os.PathLike) -> SentencePieceTokenizer | None:
+    """The tokenizer of a directory or Hub repository; None if it has no SentencePiece model.
+
+    Raises:
+      FileNotFoundError: no such directory or repository.
+      ValueError: the model is damaged.
+    """
+    directory = local_directory(path_or_repo)
+    if not (directory / PIECES).is_file():
+        return None
+    settings = directory / TOKENIZER_CONFIG
+    extra_ids = read_json(settings).get("extra_ids", 100) if settings.is_file() else 100
+    return SentencePieceTokenizer.load(directory / PIECES, extra_ids)
+
+
+def save_pretrained(
+    directory: str | os.PathLike,
+    config: T5Config,
+    params,
+    tokenizer: SentencePieceTokenizer | None = None,
+    *,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a directory that `transformers` and `load_pretrained` read, in float32.
+
+    The directory appears whole or not at all. Files larger than `shard_bytes` are split.
+
+    Raises:
+      FileExistsError: the directory is there and not empty.
+      ValueError: `params` or `tokenizer` do not fit `config`.
+    """
+    directory = Path(directory)
+    if tokenizer is not None:
+        check_vocabulary(config, tokenizer)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+    with atomic_directory(directory) as temporary:
+        write_tensors(temporary, export_tensors(config, params), shard_bytes)
+        write_json(temporary / CONFIG, config_to_json(config))
+        write_json(temporary / "generation_config.json", SPECIAL_IDS)
+        if tokenizer is not None:
+            tokenizer.save(temporary / PIECES)
+            write_json(temporary / TOKENIZER_CONFIG, _tokenizer_to_json(tokenizer))
+
+
+def _tokenizer_to_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    return {
+        "tokenizer_class": "T5Tokenizer",
+        # Those that the model has no pieces for (mT5's has all of its own).
+        "extra_ids": tokenizer.vocab_size - pieces.get_piece_size(),
+        **{
+            f"{name}_token": pieces.id_to_piece(getattr(tokenizer, f"{name}_id"))
+            for name in ("pad", "eos", "unk")
+        },
+    }
+
+
+def check_vocabulary(config: T5Config, tokenizer: SentencePieceTokenizer) -> None:
+    """Raises ValueError if the tokenizer has ids that the embedding has no rows for."""
+    if tokenizer.vocab_size > config.vocab:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary only "
+            f"{config.vocab} rows: use the tokenizer that the model was trained with"
+        )

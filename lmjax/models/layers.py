@@ -1,0 +1,175 @@
+"""Primitives that several models share: parameters, products, attention, norms, stacks of layers.
+
+Axes: B batch, T query length, S key length, D width, N heads, H head width, I/O any two widths.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+REMAT_POLICIES = {
+    "none": None,
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+ATTENTION = ("whole", "blocked")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model runs, as opposed to what it is; it may change when a run is resumed."""
+
+    dtype: str = "float32"
+    """Type of activations and products: float32 or bfloat16. Parameters are always float32."""
+    remat: str = "none"
+    """What each layer forgets and computes again backwards: none (fastest), matmuls (keep their
+    outputs) or full (least memory)."""
+    attention: str = "whole"
+    """whole: all scores of a layer at once. blocked: one head of one example at a time, so that
+    the scores stay in a CPU's cache and are never stored; for a single CPU device."""
+
+    def __post_init__(self):
+        for name, known in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("attention", ATTENTION)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {list(known)}")
+
+
+def weight(module: nn.Module, name: str, init, dtype: str | None = None, **axes: int) -> Array:
+    """Declares a parameter whose shape and logical axis names are one list; cast for compute."""
+    partitioned = nn.with_logical_partitioning(init, tuple(axes))
+    return module.param(name, partitioned, tuple(axes.values())).astype(
+        dtype or module.execution.dtype
+    )
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Names an activation's axes, apart from the parameters' names so that rules cannot collide."""
+    return nn.with_logical_constraint(x, axes)
+
+
+def unboxed(variables) -> tuple[dict, dict]:
+    """Splits freshly initialised variables into (arrays, logical axis names), both plain trees."""
+    axes = jax.tree.map(
+        lambda box: box.names if isinstance(box, nn.LogicallyPartitioned) else (None,) * box.ndim,
+        variables,
+        is_leaf=lambda node: isinstance(node, nn.LogicallyPartitioned),
+    )
+    return nn.meta.unbox(variables), axes
+
+
+def stack(layer: type[nn.Module], length: int, execution: Execution, inputs: int) -> type:
+    """`length` equal layers as one scanned, rematerialised module with stacked parameters.
+
+    The layer's `__call__` takes the carried activations and `inputs` arguments that every layer
+    shares, and returns `(activations, None)`.
+    """
+    policy = REMAT_POLICIES[execution.remat]
+    if policy is not None:
+        layer = nn.remat(layer, policy=policy, prevent_cse=False)
+    return nn.scan(
+        layer,
+        length=length,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast,) * inputs,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def unstacked(params, layers: int) -> list:
+    """The parameters of a scanned stack, layer by layer."""
+    return [jax.tree.map(lambda stacked, i=i: stacked[i], params) for i in range(layers)]
+
+
+def stacked(params: list):
+    """The inverse of `unstacked`."""
+    return jax.tree.map(lambda *layers: jnp.stack(layers), *params)
+
+
+def dense(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
+    """One two-dimensional product whatever the leading axes: twice as fast backwards on CPU."""
+    rows = x.reshape(-1, x.shape[-1]) @ kernel
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def dropout(module: nn.Module, x: Array, rate: float) -> Array:
+    """Training is being given a "dropout" key; there is no deterministic flag."""
+    if rate == 0 or not module.has_rng("dropout"):
+        return x
+    return drop(x, rate, module.make_rng("dropout"))
+
+
+def drop(x: Array, rate: float, key: Array) -> Array:
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    mask: Bool[Array, "#B #N #T S"],
+    bias: Float[Array, "#B N T S"] | None = None,
+    *,
+    rate: float = 0.0,
+    key: Array | None = None,
+    execution: Execution = Execution(),
+) -> Float[Array, "B T N H"]:
+    """Softmax attention with float32 scores; the caller scales `q`.
+
+    `rate` of the attention weights are dropped where a `key` is given.
+    """
+    if execution.attention == "blocked":
+        return _blocked_attention(q, k, v, mask, bias, rate, key)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
+    scores = scores if bias is None else scores + bias
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
+    if rate > 0 and key is not None:
+        weights = drop(weights, rate, key)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(v.dtype), v)
+
+
+def _blocked_attention(q, k, v, mask, bias, rate, key):
+    """One head of one example at a time, forgotten and computed again backwards.
+
+    On a CPU a quarter of a megabyte of scores stays in cache and the products are plain matrix
+    products, which together is worth a factor of two to three over the whole batch at once.
+    """
+    batch, length, heads, _ = q.shape
+    mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (batch, *bias.shape[1:])) if bias.shape[0] > 1 else bias
+
+    def block(operands):
+        index, q, k, v = operands
+        row, head = index // heads, index % heads
+        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
+        if bias is not None:
+            scores = scores + bias[row % bias.shape[0], head]
+        visible = mask[row, head % mask.shape[1]]
+        weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min))
+        if rate > 0 and key is not None:
+            weights = drop(weights, rate, jax.random.fold_in(key, index))
+        return weights.astype(v.dtype) @ v
+
+    flat = [x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], -1) for x in (q, k, v)]
+    context = jax.lax.map(jax.checkpoint(block), (jnp.arange(batch * heads), *flat))
+    return context.reshape(batch, heads, length, -1).swapaxes(1, 2)
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019, as T5 has it: no mean, no bias; statistics and scale in float32."""
+
+    epsilon: float
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        scale = weight(self, "scale", nn.initializers.ones, "float32", embed=x.shape[-1])
+        x = x.astype(jnp.float32)
+        normed = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + self.epsilon)
+        return (normed * scale).astype(self.execution.dtype)
