@@ -488,10 +488,8 @@ def extender(model: T5, params):
     """
     c = model.config
     execution = dataclasses.replace(model.execution, attention="whole")
-    layer, own = (
-        DecoderLayer(c, execution),
-        unstacked(params["decoder"]["layers"], c.decoder_layers),
-    )
+    layer = DecoderLayer(c, execution)
+    own = unstacked(params["decoder"]["layers"], c.decoder_layers)
 
     def extend(tokens, state):
         bound = T5(c, execution).bind({"params": params})

@@ -14,6 +14,18 @@ SMALL = """--model.vocab 512 --model.layers 2 --model.width 64 --model.heads 4 -
 --eval-batches 2 --fit.eval-every 10""".split()
 
 
+def environment(cache):
+    """Data and compiled programs are kept between the runs of a session."""
+    return {
+        **os.environ,
+        "LMJAX_CACHE": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "100",
+    }
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
@@ -42,7 +54,7 @@ def run(cache, tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", module, *map(str, arguments)],
             cwd=ROOT,
-            env={**os.environ, "LMJAX_CACHE": str(cache), "COLUMNS": "100"},
+            env=environment(cache),
             capture_output=True,
             text=True,
             **options,
