@@ -5,9 +5,10 @@
 
 Trains (AdamW, float32, dropout off) and decodes (greedy, with a cache) a T5 of the same shape with
 lmjax, with transformers' PyTorch T5 and with transformers 4.57's Flax T5, each in a process of its
-own, in turns, so that a busy machine slows them alike; the best turn counts. Then what only lmjax
-has: span corruption and batches per second, and the memory of the loss over mT5's vocabulary.
-About ten minutes on two CPU cores with the defaults.
+own, in turns, so that a busy machine slows them alike; the best turn counts. lmjax takes the step
+that `fit` takes, with its checks. Peak memory is that of training, on the accelerator if there is
+one. Then what only lmjax has: span corruption and batches per second, and the memory of the loss
+over mT5's vocabulary. About ten minutes on two CPU cores with the defaults.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -32,13 +34,15 @@ from rich.table import Table
 
 from lmjax import command_line
 
+MEASURE = "--measure"  # how the benchmark calls itself
+
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     system: tyro.conf.Positional[Literal["t5"]]
     """Which model: t5."""
     preset: str = "small"
-    """Size, of T5 1.0: small, base, large, ..."""
+    """Which size: small, base, v1_1-small, mt5-small, ..."""
     batch: int = 8
     inputs: int = 512
     targets: int = 114
@@ -53,15 +57,16 @@ class Benchmark:
     """Also measure span corruption, batches, and the memory of the loss."""
     json: Path | None = None
     """Write the figures here too."""
-    only: str | None = None
-    """Measure this one in this process and print JSON; how the benchmark calls itself."""
 
 
 def main() -> None:
     settings = tyro.cli(Benchmark, description=__doc__)
-    if settings.only is not None:
-        print(json.dumps(MEASURES[settings.only](settings)))
-        return
+    from lmjax.models import t5
+
+    if settings.preset not in t5.PRESETS:
+        raise ValueError(f"--preset {settings.preset} is none of {', '.join(t5.PRESETS)}")
+    given = {**dataclasses.asdict(settings), "json": None}
+    given["config"] = dataclasses.asdict(t5.PRESETS[settings.preset])
     console = Console()
     peers = {"transformers PyTorch": has_torch_t5, "transformers Flax": has_flax_t5}
     names = ["lmjax", *(name for name, installed in peers.items() if installed())]
@@ -71,10 +76,10 @@ def main() -> None:
     results: dict[str, list[dict]] = {name: [] for name in names}
     with Progress(console=console) as progress:
         for name, _ in progress.track(turns, description="training and decoding"):
-            results[name].append(in_own_process(name, settings))
+            results[name].append(in_own_process(name, given))
     best = {name: combined(turns) for name, turns in results.items()}
     console.print(table(best, settings))
-    extras = in_own_process("extras", settings) if settings.extras else {}
+    extras = in_own_process("extras", given) if settings.extras else {}
     for name, value in extras.items():
         console.print(f"{name}: {value}")
     if settings.json is not None:
@@ -82,17 +87,20 @@ def main() -> None:
         settings.json.write_text(json.dumps(content, indent=2, default=str))
 
 
-def in_own_process(name: str, settings: Benchmark) -> dict:
+def in_own_process(name: str, given: dict) -> dict:
     """The figures of one turn, measured where nothing else has run."""
-    fields = dataclasses.asdict(settings)
-    numbers = {k: v for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool)}
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in numbers.items()]
-    command = [sys.executable, "-m", "experiments.benchmark", settings.system, *flags]
-    command += ["--preset", settings.preset, "--only", name]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "experiments.benchmark", MEASURE, name]
+    done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        raise ValueError(f"{name} failed: {lines[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure() -> None:
+    """What those processes do: settings from standard input, figures to standard output."""
+    given = types.SimpleNamespace(**json.load(sys.stdin))
+    print(json.dumps(MEASURES[sys.argv[2]](given)))
 
 
 def combined(turns: list[dict]) -> dict:
@@ -123,6 +131,11 @@ def table(best: dict[str, dict], settings: Benchmark) -> Table:
 
 
 # --- what every contestant is given, and how it is timed
+
+
+def sizes(settings):
+    """The T5Config of the preset; the processes of other libraries need none of lmjax for it."""
+    return types.SimpleNamespace(**settings.config)
 
 
 def random_tokens(*shape: int) -> np.ndarray:
@@ -157,69 +170,80 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def jax_training(loss: Callable, params, settings: Benchmark) -> dict:
-    """Times steps of AdamW on `loss(params)`."""
-    import jax
-    import optax
-
-    optimizer = optax.adamw(1e-3)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state):
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    carry = [params, optimizer.init(params)]
-    start = time.perf_counter()
-    compiled = step.lower(*carry).compile()
-    compile_seconds = time.perf_counter() - start
-
-    def call():
-        carry[0], carry[1], value = compiled(*carry)
-        value.block_until_ready()
-
-    call()
-    seconds = timed(call, settings.steps)
-    return {"step_seconds": seconds, "compile_seconds": compile_seconds, "peak_bytes": peak_bytes()}
-
-
 # --- the contestants
 
 
-def measure_lmjax(settings: Benchmark) -> dict:
+def measure_lmjax(settings) -> dict:
     import jax
     import jax.numpy as jnp
 
     from lmjax.decoding.generate import generate
-    from lmjax.models import t5
+    from lmjax.models.t5 import T5, T5Config
     from lmjax.tasks.seq2seq import Seq2Seq
     from lmjax.training.execution import ExecutionOptions
+    from lmjax.training.optimizers import AdamW
+    from lmjax.training.schedules import Constant
 
-    config = dataclasses.replace(t5.PRESETS[settings.preset], dropout=0.0)
-    model = t5.T5(config, ExecutionOptions(dtype="float32").resolve())
-    task = Seq2Seq(model)
-    inputs, _, targets = map(jnp.asarray, training_batch(settings))
-    batch = {"inputs": inputs, "targets": targets, "loss_weights": jnp.ones(targets.shape)}
-    batch["targets_positions"] = jnp.broadcast_to(jnp.arange(targets.shape[1]), targets.shape)
-    batch["inputs_segment_ids"] = jnp.ones_like(inputs)
-    batch["targets_segment_ids"] = jnp.ones_like(targets)
+    config = T5Config(**{**settings.config, "dropout": 0.0})
+    task = Seq2Seq(T5(config, ExecutionOptions(dtype="float32").resolve()))
+    optimizer = AdamW(Constant(1e-3), gradient_clip=None)
+    step, build = fit_step(task, optimizer)
+    state = jax.jit(build)()
+    inputs, _, targets = training_batch(settings)
+    batch = jax.tree.map(jnp.asarray, whole_batch(inputs, targets))
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    carry = [state]
 
-    def loss(params):
-        return task.loss(params, {}, batch, task.normalizers(batch), {}, 0)[0]
+    def call():
+        carry[0], outcome = compiled(carry[0], batch)
+        outcome.squares.block_until_ready()
 
-    params = jax.jit(lambda key: task.init(key)[0])(jax.random.key(0))
-    decoded = random_tokens(settings.decode_batch, settings.decode_inputs)
-    call = functools.partial(
-        generate, model, params, jnp.asarray(decoded), max_length=settings.decode_tokens, eos=None
+    call()
+    training = {
+        "step_seconds": timed(call, settings.steps),
+        "compile_seconds": compile_seconds,
+        "peak_bytes": peak_bytes(),
+    }
+    decoded = jnp.asarray(random_tokens(settings.decode_batch, settings.decode_inputs))
+    length = settings.decode_tokens
+    params = carry[0].params
+    write = functools.partial(generate, task.model, params, decoded, max_length=length, eos=None)
+    jax.block_until_ready(write())
+    seconds = timed(lambda: jax.block_until_ready(write()), 3)
+    return training | {"decode_tokens_per_second": settings.decode_batch * length / seconds}
+
+
+def fit_step(task, settings):
+    """The step that `fit` compiles, and a function that builds its first state."""
+    from lmjax.training.fit import train_step
+    from lmjax.training.state import abstract_parameters, init_state
+
+    params, axes = abstract_parameters(task)
+    optimizer = settings.transformation(axes, task.labels(params))
+    step = functools.partial(
+        train_step,
+        task=task,
+        optimizer=optimizer,
+        schedule=settings.schedule,
+        microbatches=1,
+        averaging=None,
     )
-    jax.block_until_ready(call())
-    seconds = timed(lambda: jax.block_until_ready(call()), 3)
-    tokens = settings.decode_batch * settings.decode_tokens
-    return jax_training(loss, params, settings) | {"decode_tokens_per_second": tokens / seconds}
+    return step, functools.partial(init_state, task, optimizer, False, 0)
 
 
-def measure_flax(settings: Benchmark) -> dict:
+def whole_batch(inputs: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    """The seven arrays of a batch with no padding."""
+    batch = {"loss_weights": np.ones(targets.shape, np.float32)}
+    for name, tokens in (("inputs", inputs), ("targets", targets)):
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        batch |= {name: tokens, f"{name}_positions": positions}
+        batch[f"{name}_segment_ids"] = np.ones_like(tokens)
+    return batch
+
+
+def measure_flax(settings) -> dict:
     import jax
     import jax.numpy as jnp
     import optax
@@ -235,72 +259,94 @@ def measure_flax(settings: Benchmark) -> dict:
 
     model = FlaxT5ForConditionalGeneration(transformers_config(settings), seed=0)
     inputs, shifted, targets = map(jnp.asarray, training_batch(settings))
+    optimizer = optax.adamw(1e-3)
 
     def loss(params):
         logits = model(inputs, decoder_input_ids=shifted, params=params, train=False).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
+    def step(params, state):
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    carry = [jax.tree.map(jnp.copy, model.params), optimizer.init(model.params)]
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carry).compile()
+    compile_seconds = time.perf_counter() - start
+
+    def call():
+        carry[0], carry[1], value = compiled(*carry)
+        value.block_until_ready()
+
+    call()
+    training = {
+        "step_seconds": timed(call, settings.steps),
+        "compile_seconds": compile_seconds,
+        "peak_bytes": peak_bytes(),
+    }
     decoded = jnp.asarray(random_tokens(settings.decode_batch, settings.decode_inputs))
     length = settings.decode_tokens
-    call = functools.partial(
-        model.generate, decoded, max_length=length + 1, min_length=length + 1, num_beams=1
-    )
-    jax.block_until_ready(call().sequences)
-    seconds = timed(lambda: jax.block_until_ready(call().sequences), 3)
-    tokens = settings.decode_batch * length
-    return jax_training(loss, model.params, settings) | {
-        "decode_tokens_per_second": tokens / seconds
-    }
+    options = {"max_length": length + 1, "min_length": length + 1, "num_beams": 1}
+    write = functools.partial(model.generate, decoded, **options)
+    jax.block_until_ready(write().sequences)
+    seconds = timed(lambda: jax.block_until_ready(write().sequences), 3)
+    return training | {"decode_tokens_per_second": settings.decode_batch * length / seconds}
 
 
-def measure_torch(settings: Benchmark) -> dict:
+def measure_torch(settings) -> dict:
     import torch
     from transformers import T5ForConditionalGeneration
 
-    model = T5ForConditionalGeneration(transformers_config(settings)).train()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = T5ForConditionalGeneration(transformers_config(settings)).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batch = [torch.from_numpy(array).long() for array in training_batch(settings)]
+    batch = [torch.from_numpy(array).long().to(device) for array in training_batch(settings)]
     inputs, shifted, targets = batch
 
     def call():
         optimizer.zero_grad()
-        model(input_ids=inputs, decoder_input_ids=shifted, labels=targets).loss.backward()
+        loss = model(input_ids=inputs, decoder_input_ids=shifted, labels=targets).loss
+        loss.backward()
         optimizer.step()
+        loss.item()
 
     start = time.perf_counter()
     call()
     first = time.perf_counter() - start
     seconds = timed(call, settings.steps)
-    peak = peak_bytes()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
 
     model.eval()
-    decoded = torch.from_numpy(random_tokens(settings.decode_batch, settings.decode_inputs)).long()
-    length = settings.decode_tokens
-    write = functools.partial(
-        model.generate, decoded, max_new_tokens=length, min_new_tokens=length, do_sample=False
-    )
-    decode_seconds = timed(write, 3)
+    length, rows = settings.decode_tokens, settings.decode_batch
+    decoded = torch.from_numpy(random_tokens(rows, settings.decode_inputs)).long().to(device)
+    options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+    decode_seconds = []
+    for threads in {1, torch.get_num_threads()}:  # small products are often faster on one
+        torch.set_num_threads(threads)
+        decode_seconds.append(timed(lambda: model.generate(decoded, **options), 3))
     return {
         "step_seconds": seconds,
         "compile_seconds": max(first - seconds, 0.0),
         "peak_bytes": peak,
-        "decode_tokens_per_second": settings.decode_batch * length / decode_seconds,
+        "decode_tokens_per_second": rows * length / min(decode_seconds),
     }
 
 
-def transformers_config(settings: Benchmark):
+def transformers_config(settings):
     from transformers import T5Config
 
-    from lmjax.models import t5
-
-    config = t5.PRESETS[settings.preset]
+    config = sizes(settings)
     return T5Config(
         vocab_size=config.vocab,
         d_model=config.width,
         d_kv=config.head_width,
         d_ff=config.feed_forward,
         num_layers=config.layers,
+        num_decoder_layers=config.decoder_layers,
         num_heads=config.heads,
+        feed_forward_proj="gated-gelu" if config.gated else "relu",
+        tie_word_embeddings=config.tied,
         dropout_rate=0.0,
         decoder_start_token_id=0,
     )
@@ -378,48 +424,32 @@ def loss_memory(width: int) -> dict:
 def mt5_base_memory() -> dict:
     """Compiled memory of mT5-base's whole step, batch 8 x (512, 114)."""
     import jax
-    import jax.numpy as jnp
 
-    from lmjax.models import t5
+    from lmjax.models.t5 import PRESETS, T5
     from lmjax.tasks.seq2seq import Seq2Seq
     from lmjax.training.execution import ExecutionOptions
-    from lmjax.training.fit import train_step
     from lmjax.training.optimizers import Adafactor
-    from lmjax.training.state import abstract_parameters, init_state
 
-    config = dataclasses.replace(t5.PRESETS["mt5-base"], dropout=0.0)
-    task = Seq2Seq(t5.T5(config, ExecutionOptions().resolve()), z_loss=1e-4)
-    params, axes = abstract_parameters(task)
-    settings = Adafactor()
-    optimizer = settings.transformation(axes, task.labels(params))
-    state = jax.eval_shape(lambda: init_state(task, optimizer, False, 0))
-    names = ("", "_positions", "_segment_ids")
-    shapes = {
-        f"{side}{n}": (8, t) for side, t in (("inputs", 512), ("targets", 114)) for n in names
-    }
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
-    batch["loss_weights"] = jax.ShapeDtypeStruct((8, 114), jnp.float32)
-    step = functools.partial(
-        train_step,
-        task=task,
-        optimizer=optimizer,
-        schedule=settings.schedule,
-        microbatches=1,
-        averaging=None,
-    )
+    config = dataclasses.replace(PRESETS["mt5-base"], dropout=0.0)
+    task = Seq2Seq(T5(config, ExecutionOptions().resolve()), z_loss=1e-4)
+    step, build = fit_step(task, Adafactor())
+    state = jax.eval_shape(build)
+    batch = whole_batch(random_tokens(8, 512), random_tokens(8, 114))
     memory = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
     state_bytes, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     text = f"{temporary / 1e9:.2f} temporary beside {state_bytes / 1e9:.2f} of state"
     return {"mT5-base, a whole step of 8 x (512, 114), GB": text}
 
 
-def has_flax_t5() -> bool:
-    """transformers dropped its Flax models in version 5."""
-    return importlib.util.find_spec("transformers.models.t5.modeling_flax_t5") is not None
-
-
 def has_torch_t5() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+
+
+def has_flax_t5() -> bool:
+    """transformers dropped its Flax models in version 5."""
+    if importlib.util.find_spec("transformers") is None:
+        return False
+    return importlib.util.find_spec("transformers.models.t5.modeling_flax_t5") is not None
 
 
 MEASURES = {
@@ -431,4 +461,4 @@ MEASURES = {
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    command_line.run(main)
+    command_line.run(measure if sys.argv[1:2] == [MEASURE] else main)

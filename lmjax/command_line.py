@@ -6,6 +6,7 @@ python -m experiments.t5_pretrain --preset base --batch 64 --optimizer.schedule.
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ def parse(
     presets: Mapping[str, T],
     default: str,
     document: str,
-    choices: Mapping[str, Mapping[str, Any]] | None = None,
+    choices: Mapping[str, Mapping[str, Callable[[T], Any]]] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> T:
     """An experiment's settings from the command line.
@@ -32,7 +33,8 @@ def parse(
         presets: settings by name, all of one dataclass.
         default: the preset that is used when none is named.
         document: the experiment's docstring, shown by `--help`.
-        choices: flag (a field, dots for nested ones) -> name -> value of that field.
+        choices: flag (a field, dots for nested ones) -> name -> the value of that field, made from
+            the settings so far. A field that is of the chosen kind already keeps its value.
         arguments: instead of those of this process.
 
     Exits with status 2 and one sentence for an unknown flag, preset or value.
@@ -49,7 +51,8 @@ def parse(
     for flag, values in choices.items():
         name = getattr(chosen, flag)
         if name is not None:
-            settings = _replaced(settings, flag.split("."), _named(f"--{flag}", name, values))
+            value = _named(f"--{flag}", name, values)(settings)
+            settings = _replaced(settings, flag.split("."), value)
 
     described = [document.strip(), "", f"--preset {{{','.join(presets)}}} (default: {default})"]
     described += [f"--{flag} {{{','.join(values)}}}" for flag, values in choices.items()]
@@ -63,10 +66,17 @@ def parse(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`; an error that the user can mend becomes its one sentence and status 1."""
+    """Calls `main`; an error that the user can mend becomes its one sentence and status 1.
+
+    With LMJAX_TRACEBACK set in the environment the whole traceback is shown instead.
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
+        if "LMJAX_TRACEBACK" in os.environ:
+            raise
         sys.exit(f"error: {error}")
 
 
@@ -80,6 +90,9 @@ def _named(flag: str, name: str, values: Mapping[str, T]) -> T:
 
 
 def _replaced(settings: T, path: list[str], value: Any) -> T:
+    old = getattr(settings, path[0])
     if len(path) > 1:
-        value = _replaced(getattr(settings, path[0]), path[1:], value)
+        value = _replaced(old, path[1:], value)
+    elif type(value) is type(old):
+        return settings
     return dataclasses.replace(settings, **{path[0]: value})

@@ -1,5 +1,6 @@
 """`lmjax.load`: a model, its parameters and its tokenizer in one line, wherever they were kept."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmjax.data.tokenizers import SentencePieceTokenizer
 from lmjax.interop import t5 as t5_interop
-from lmjax.interop.safetensors import CONFIG, local_directory, read_json
+from lmjax.interop.safetensors import CONFIG, Tensors, local_directory, read_json
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
 from lmjax.training import checkpoints
@@ -25,20 +27,41 @@ class System(NamedTuple):
 
     config: type
     module: Callable[[Any, Execution], nn.Module]
-    load_pretrained: Callable[[Path], tuple[Any, Any]]
+    parameter_shapes: Callable[[Any], dict[str, Any]]
+    # Of Hugging Face directories:
+    config_from_json: Callable[[dict[str, Any], str], Any]
+    import_params: Callable[[Any, Tensors], dict[str, Any]]
     load_tokenizer: Callable[[Path], SentencePieceTokenizer | None]
 
 
-_T5 = System(T5Config, T5, t5_interop.load_pretrained, t5_interop.load_tokenizer)
+_T5 = System(
+    T5Config,
+    T5,
+    t5_interop.parameter_shapes,
+    t5_interop.config_from_json,
+    t5_interop.import_params,
+    t5_interop.load_tokenizer,
+)
 SYSTEMS = {"t5": _T5, "mt5": _T5}
 """By the `model_type` of a config.json, Hugging Face's or a run's."""
+
+
+class Description(NamedTuple):
+    """A model that is not loaded yet."""
+
+    model_type: str
+    config: Any
+    tokenizer: SentencePieceTokenizer | None
+    """None where the directory has no SentencePiece model (ByT5, for example)."""
+    load_params: Callable[[], dict[str, Any]]
+    """Reads the parameters: float32 NumPy arrays on the host."""
 
 
 class Loaded(NamedTuple):
     model: nn.Module
     params: dict[str, Any]
     tokenizer: SentencePieceTokenizer | None
-    """None where the directory has no SentencePiece model (ByT5, for example)."""
+    """As in `Description`."""
 
 
 def load(path_or_repo: str | os.PathLike, *, dtype: str | None = None) -> Loaded:
@@ -58,33 +81,60 @@ def load(path_or_repo: str | os.PathLike, *, dtype: str | None = None) -> Loaded
         checkpoint.
     """
     execution = Execution(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    found = describe(path_or_repo)
+    params = found.load_params()
+    _move_to_device(params)
+    model = SYSTEMS[found.model_type].module(found.config, execution)
+    return Loaded(model, params, found.tokenizer)
+
+
+def describe(path_or_repo: str | os.PathLike) -> Description:
+    """What `load` would load, found and checked as far as is possible without reading parameters.
+
+    Takes and raises what `load` does.
+    """
     directory = local_directory(path_or_repo)
     content = read_json(directory / CONFIG)
     is_run = "identity" in content
-    kind = (content["identity"] if is_run else content).get("model_type")
+    kind = t5_interop.model_type(content["identity"] if is_run else content)
     if kind not in SYSTEMS:
         raise ValueError(
             f"{directory / CONFIG} has model_type {kind!r}; lmjax.load knows {', '.join(SYSTEMS)}"
         )
     system = SYSTEMS[kind]
     if is_run:
-        config = _run_config(system.config, content["identity"], directory)
-        params = checkpoints.restore_params(directory)
-        tokenizer = SentencePieceTokenizer.load(directory / TOKENIZER)
+        config, extra_ids = _of_run(system.config, content["identity"], directory)
+        tokenizer = SentencePieceTokenizer.load(directory / TOKENIZER, extra_ids)
+        step = checkpoints.latest_step(directory)
+        load_params = functools.partial(
+            _restore_on_host, system.parameter_shapes, config, directory, step
+        )
     else:
-        config, params = system.load_pretrained(directory)
-        _move_to_device(params)
+        config = system.config_from_json(content, str(directory / CONFIG))
         tokenizer = system.load_tokenizer(directory)
+        load_params = functools.partial(system.import_params, config, Tensors(directory))
     if tokenizer is not None:
         t5_interop.check_vocabulary(config, tokenizer)
-    return Loaded(system.module(config, execution), params, tokenizer)
+    return Description(kind, config, tokenizer, load_params)
 
 
-def _run_config(config: type, identity: dict[str, Any], directory: Path):
+def _of_run(config: type, identity: dict[str, Any], directory: Path) -> tuple[Any, int]:
+    """The config, and how many sentinels were appended to the tokenizer's pieces."""
     try:
-        return config(**{k: v for k, v in identity["model"].items() if k != "type"})
+        model = config(**{k: v for k, v in identity["model"].items() if k != "type"})
+        return model, identity.get("data", {}).get("extra_ids", 100)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / CONFIG} describes no {config.__name__}: {error}") from error
+
+
+def _restore_on_host(
+    parameter_shapes: Callable[[Any], dict[str, Any]], config: Any, directory: Path, step: int
+) -> dict[str, Any]:
+    def host_array(leaf):  # tells the checkpoint where to restore to, and takes no memory
+        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+    target = jax.tree.map(host_array, parameter_shapes(config))
+    return checkpoints.restore_params(directory, target, step)
 
 
 def _move_to_device(params) -> None:

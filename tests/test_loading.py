@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import lmjax
-from lmjax.data.tokenizers import train_tokenizer
+from lmjax.data.tokenizers import SentencePieceTokenizer, train_tokenizer
 from lmjax.interop.t5 import parameter_shapes, save_pretrained
+from lmjax.loading import describe
 from lmjax.models.t5 import T5Config
 from lmjax.training.checkpoints import Checkpoints, claim_workdir
 from lmjax.training.state import TrainState
@@ -53,7 +54,8 @@ def test_a_directory_without_a_tokenizer_loads(tmp_path, params):
 
 
 def workdir_of_a_run(workdir, params, tokenizer):
-    identity = {"model_type": "t5", "model": CONFIG, "batch": 8}
+    data = {"extra_ids": tokenizer.extra_ids}
+    identity = {"model_type": "t5", "model": CONFIG, "batch": 8, "data": data}
     claim_workdir(workdir, "t5_pretrain", identity, {"steps": 3})
     tokenizer.save(workdir / "tokenizer.model")
     state = TrainState(jnp.array(3), params, {}, {}, None, jax.random.key(0))
@@ -63,9 +65,46 @@ def workdir_of_a_run(workdir, params, tokenizer):
     checkpoints.close()
 
 
+def as_directory(directory, params, tokenizer):
+    save_pretrained(directory, CONFIG, params, tokenizer)
+
+
 def test_a_run_loads(tmp_path, params, tokenizer):
     workdir_of_a_run(tmp_path / "run", params, tokenizer)
     check(tmp_path / "run", params, tokenizer)
+
+
+def test_a_run_keeps_how_many_sentinels_its_tokenizer_had(tmp_path, params, tokenizer):
+    few = SentencePieceTokenizer(tokenizer.model, extra_ids=7)
+    workdir_of_a_run(tmp_path / "run", params, few)
+    assert lmjax.load(tmp_path / "run").tokenizer.sha256 == few.sha256
+
+
+@pytest.mark.parametrize("write", [workdir_of_a_run, as_directory])
+def test_a_description_reads_parameters_only_when_asked(
+    tmp_path, params, tokenizer, write, monkeypatch
+):
+    write(tmp_path / "it", params, tokenizer)
+    with monkeypatch.context() as patch:
+        for name in ("lmjax.training.checkpoints.restore_params", "lmjax.loading.Tensors.read"):
+            patch.delattr(name)
+        found = describe(tmp_path / "it")
+    assert (found.model_type, found.config) == ("t5", CONFIG)
+    assert found.tokenizer.sha256 == tokenizer.sha256
+    loaded = found.load_params()
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(loaded))
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_missing_parameters_are_named_before_any_is_read(tmp_path, params, tokenizer):
+    as_directory(tmp_path / "hf", params, tokenizer)
+    (tmp_path / "hf/model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
+        describe(tmp_path / "hf")
+    claim_workdir(tmp_path / "run", "t5_pretrain", {"model_type": "t5", "model": CONFIG}, {})
+    tokenizer.save(tmp_path / "run/tokenizer.model")
+    with pytest.raises(ValueError, match="run .*checkpoint"):
+        describe(tmp_path / "run")
 
 
 def test_a_damaged_description_of_a_run_is_named(tmp_path, params, tokenizer):

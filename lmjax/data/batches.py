@@ -7,18 +7,21 @@ noise of an example is drawn from (seed, epoch, example).
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 from absl import flags
 
-from lmjax.data.token_store import TokenStore
+from lmjax.data.token_store import TokenizedDocuments
 
 Batch = dict[str, np.ndarray]
 Objective = Callable[[np.ndarray, np.random.Generator], Mapping[str, np.ndarray]]
@@ -52,16 +55,21 @@ class Windows:
 
     At most `window` - 1 tokens at the end of the corpus are left over.
 
+    Args:
+        store: the corpus, usually a `TokenStore`.
+        window: tokens of a row.
+        split: the corpus's name in errors.
+
     Raises:
         ValueError: the store holds less than one window.
     """
 
-    def __init__(self, store: TokenStore, window: int):
+    def __init__(self, store: TokenizedDocuments, window: int, split: str = "train"):
         self.store, self.window = store, window
         if len(self) < 1:
             raise ValueError(
-                f"the text has {len(store.tokens):,} tokens and one example takes {window:,}: add "
-                "text or choose shorter inputs"
+                f"the {split} text has {len(store.tokens):,} tokens and one example takes "
+                f"{window:,}: add text or choose shorter inputs"
             )
 
     def __len__(self) -> int:
@@ -82,7 +90,7 @@ class IndexedBatches:
             `functools.partial(span_corruption, sentinels=...)`.
         lengths: the fixed lengths of `inputs` and `targets` in a batch.
         batch_size: rows of the global batch.
-        seed: of order and noise, not negative.
+        seed: of order and noise, from 0 to 2**63 - 1.
         workers: processes that prepare batches ahead (the calling script then needs the
             `if __name__ == "__main__"` guard); 0 is one thread of this process, which is enough
             until examples take longer to make than steps.
@@ -104,10 +112,9 @@ class IndexedBatches:
 
     def __post_init__(self):
         host_rows(self.batch_size, self.process_index, self.process_count)
-        if self.seed < 0 or self.workers < 0:
-            raise ValueError(
-                f"seed and workers must not be negative, got {self.seed} and {self.workers}"
-            )
+        check_seed(self.seed)
+        if self.workers < 0:
+            raise ValueError(f"workers must not be negative, got {self.workers}")
 
     def batch(self, step: int) -> Batch:
         """This host's rows of the batch of `step`, counted from 0."""
@@ -137,6 +144,9 @@ class IndexedBatches:
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
         iterator = iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers)))
         try:
+            with _interrupts_blocked():  # the first batch starts the processes
+                batch = next(iterator)
+            yield batch
             yield from iterator
         finally:
             iterator.close()
@@ -162,9 +172,12 @@ def evaluation_batches(
         The others are as in `IndexedBatches`.
 
     Raises:
-        ValueError: the batch does not divide over the hosts.
+        ValueError: the batch does not divide over the hosts, or a number is out of range.
     """
     mine = host_rows(batch_size, process_index, process_count)
+    check_seed(seed)
+    if limit is not None and limit < 1:
+        raise ValueError(f"{limit} evaluation batches are no evaluation: make 1 or more")
     batches = []
     for start in range(0, len(rows), batch_size)[:limit]:
         indices = [start + row for row in mine]
@@ -213,6 +226,12 @@ def assemble(
         batch[f"{name}_segment_ids"] = segments
     batch["loss_weights"] = (batch["targets_segment_ids"] > 0).astype(np.float32)
     return batch
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that noise and shuffling cannot be drawn from."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"the seed is {seed}: choose one from 0 to 2**63 - 1")
 
 
 def host_rows(batch_size: int, process_index: int, process_count: int) -> range:
@@ -266,6 +285,21 @@ def _noised(
     rows: Rows, index: int, objective: Objective, seed: int, epoch: int
 ) -> list[Mapping[str, np.ndarray]]:
     return [objective(tokens, noise(seed, epoch, example)) for example, tokens in rows.row(index)]
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started here never see SIGINT, which Ctrl-C sends to all of a terminal's processes.
+
+    They inherit the blocked signal, so that they are safe from their first instruction on. In this
+    process an interrupt meanwhile is not lost: other threads take it, or it waits for the end.
+    """
+    resource_tracker.ensure_running()  # when Python starts it, it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def in_background(items: Iterator, ahead: int = 2) -> Iterator:

@@ -120,7 +120,8 @@ class TextFiles:
     """Text files and JSON lines, gzipped or not.
 
     A document is one line of a .jsonl, .ndjson or .json file, under `text_key`. In any other file
-    it is a block between blank lines, cut at a line end after every 10,000 characters or so. Files
+    it is a block between blank lines, cut at a line end after every 10,000 characters or so. Where
+    this gives a single document of which to hold something out, each of its lines is one. Files
     are read in the order of their paths. A file that matches both sets of patterns is validation.
 
     Attributes:
@@ -196,16 +197,30 @@ class TextFiles:
         return documents
 
     def _held(self, split: str, files: list[Path]) -> Iterator[str]:
-        documents = itertools.chain.from_iterable(
-            _read_documents(path, self.text_key) for path in files
-        )
-        return documents if self.validation else _one_side(documents, split, self._cut)
+        documents = self._read(files)
+        if self.validation:
+            return documents
+        if self._is_single:
+            documents = _nonempty_lines(documents)
+        return _one_side(documents, split, self._cut)
+
+    def _read(self, files: list[Path]) -> Iterator[str]:
+        return itertools.chain.from_iterable(_read_documents(path, self.text_key) for path in files)
+
+    @functools.cached_property
+    def _is_single(self) -> bool:
+        """Whether all documents are the same one; reads up to the first that differs."""
+        documents = self._read(self.files("train"))
+        first = next(documents, None)
+        return all(document == first for document in documents)
 
     @functools.cached_property
     def _cut(self) -> int:
         files = self.files("train")
         small = sum(path.stat().st_size for path in files) <= SMALL_BYTES
-        documents = (d for path in files for d in _read_documents(path, self.text_key))
+        documents = self._read(files)
+        if self._is_single:
+            documents = _nonempty_lines(documents)
         return _cut_between(documents if small else None, self.validation_fraction, self.name)
 
 
@@ -444,6 +459,11 @@ def _blocks(lines: Iterator[str]) -> Iterator[str]:
     yield "".join(block)
 
 
+def _nonempty_lines(documents: Iterator[str]) -> Iterator[str]:
+    for document in documents:
+        yield from (stripped for line in document.splitlines() if (stripped := line.strip()))
+
+
 def _short(line: str) -> Iterator[str]:
     start = 0
     while len(line) - start > BLOCK_CHARACTERS:
@@ -494,8 +514,8 @@ def _cut_between(documents: Iterator[str] | None, fraction: float, name: str) ->
         raise ValueError(f"{name} holds no text: every file is empty")
     if len(hashes) == 1:
         raise ValueError(
-            f"{name} holds one document only, so none can be held out: "
-            "give more text, or validation files"
+            f"{name} holds one line or document only, so there is none to hold out as its "
+            "validation split: give more text, or validation files"
         )
     return min(max(cut, hashes[0] + 1), hashes[-1])
 

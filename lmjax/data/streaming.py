@@ -19,7 +19,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lmjax.data.batches import Batch, Objective, assemble, host_rows, in_background, noise, shuffled
+from lmjax.data.batches import (
+    Batch,
+    Objective,
+    assemble,
+    check_seed,
+    host_rows,
+    in_background,
+    noise,
+    shuffled,
+)
 from lmjax.data.token_store import Tokenizer, document_groups
 
 # Little enough that the first batch does not wait long for text that it does not need.
@@ -39,8 +48,10 @@ class StreamingBatches:
     """Endless batches from `source`; the same contract as `IndexedBatches`.
 
     A position holds the step and, for each shard that this host reads, where its current block
-    begins. With several hosts a checkpoint keeps the union of their `"shards"`; a shard that is
-    missing there is read from the start again, which gives the same batches, slowly.
+    begins. Positions of several hosts are not gathered: each has its own shards only, and a
+    checkpoint keeps the one of the host that writes it. A shard that is missing in a position is
+    read, and tokenized, from its start again: a resumed run of several hosts gets the same batches
+    as one that never stopped, but its other hosts first repeat the work of all steps before.
 
     Attributes:
         source, split: where the text comes from.
@@ -52,8 +63,8 @@ class StreamingBatches:
         shuffle_block: windows per shard among which order is shuffled; they are held in memory.
 
     Raises:
-        ValueError: the batch does not divide over the hosts or the shards. While running: a shard
-            holds less than one window, or ends before a position in it.
+        ValueError: the batch does not divide over the hosts or the shards, or the seed is out of
+            range. While running: a shard holds less than one window, or ends before a position.
     """
 
     source: Source
@@ -71,6 +82,7 @@ class StreamingBatches:
 
     def __post_init__(self):
         host_rows(self.batch_size, self.process_index, self.process_count)
+        check_seed(self.seed)
         if self.batch_size % self.shards:
             raise ValueError(
                 f"a batch of {self.batch_size} rows does not divide over {self.shards} shards: "
@@ -150,7 +162,8 @@ class StreamingBatches:
                     document, tokens = document + 1, tokens + len(ids)
             if tokens < self.window and skip == 0:
                 raise ValueError(
-                    f"shard {shard} of {self.shards} has {tokens:,} tokens and one example takes "
-                    f"{self.window:,}: add text, or choose fewer shards or shorter inputs"
+                    f"shard {shard} of {self.shards} of the {self.split} text has {tokens:,} "
+                    f"tokens and one example takes {self.window:,}: add text, or choose fewer "
+                    "shards or shorter inputs"
                 )
             skip = 0

@@ -1,7 +1,6 @@
 """From settings to batches of text: source -> tokenizer -> token store -> objective -> batches."""
 
 import dataclasses
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,13 @@ from lmjax.data.batches import Batches, IndexedBatches, Rows, Windows, evaluatio
 from lmjax.data.packing import PackedDocuments
 from lmjax.data.sources import Source, TextData, open_source
 from lmjax.data.streaming import StreamingBatches
-from lmjax.data.token_store import TokenStore, build_token_store, store_directory
+from lmjax.data.token_store import (
+    TokenizedDocuments,
+    TokenStore,
+    build_token_store,
+    first_documents,
+    store_directory,
+)
 from lmjax.data.tokenizers import SentencePieceTokenizer, cached_tokenizer
 from lmjax.objectives.denoising import Denoising
 
@@ -27,8 +32,9 @@ class TokenizedText(TextData):
     vocab_size: int = 32_000
     """Pieces of a vocabulary to train, fewer if the text is too short for so many; 100 sentinels
     are added."""
-    character_coverage: float = 1.0
-    """Share of the characters that get a piece of their own; 0.9995 suits Korean."""
+    character_coverage: float | None = None
+    """Share of the text whose characters get a piece of their own. By default all of it, or 0.9995
+    where the rare ones would fill the vocabulary, as in Korean."""
     pack: bool = False
     """Keep documents apart: pack short ones into one row, each blind to the others. Otherwise they
     are joined end to end, as in T5's pretraining."""
@@ -64,72 +70,136 @@ def read_text(
     workers: int = 0,
     eval_batches: int = 8,
     tokenizer: SentencePieceTokenizer | None = None,
+    rows: int | None = None,
 ) -> Text:
     """Opens, tokenizes (or finds tokenized) and batches the text for this host.
 
-    `tokenizer` is the one to use where the settings name none, instead of training one.
+    Args:
+        data: the settings.
+        objective: what becomes of a stretch of tokens.
+        batch: rows of the global batch.
+        seed: of order and noise.
+        workers: processes that prepare batches; none with `data.stream`.
+        eval_batches: held-out batches, at most.
+        tokenizer: a checkpoint's, to use instead of training one.
+        rows: of the model's embedding, which must have one for every id.
+
+    Held-out text is evaluated alike with and without `data.stream`: each host tokenizes as much of
+    its beginning as `eval_batches` take, or all of it. With several hosts, what is read while
+    streaming is gathered nowhere: see `StreamingBatches` for what that means for resuming.
 
     Raises:
         ValueError, OSError: settings that contradict each other, or text, tokenizer or tokens that
-            cannot be used; one sentence says why.
+            cannot be used; one sentence says why, before the text is tokenized where possible.
     """
+    if data.stream and workers:
+        raise ValueError("data.stream reads in one thread: drop --workers")
     source = open_source(data)
-    if tokenizer is None or data.tokenizer is not None:
-        tokenizer = open_tokenizer(data, source)
-    bound = objective.bind(tokenizer.sentinels, tokenizer.eos_id)
-    host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    common = {"objective": bound, "lengths": objective.lengths, "batch_size": batch}
+    tokenizer = choose_tokenizer(data, source, tokenizer)
+    if rows is not None and tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids and the model's embedding {rows:,}"
+            " rows: set --model.vocab to that many or more, or a smaller --data.vocab-size"
+        )
+    common = {
+        "objective": objective.bind(tokenizer.sentinels, tokenizer.eos_id),
+        "lengths": objective.lengths,
+        "batch_size": batch,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    if data.stream:
+        batches = StreamingBatches(
+            source,
+            "train",
+            tokenizer,
+            objective.window,
+            seed=seed,
+            shards=data.shards,
+            **common,
+        )
+        needed = eval_batches * batch * objective.window
+        validation = first_documents(source.documents("validation"), tokenizer, needed)
+        size = "tokenized while training"
+    else:
+        train = open_store(source, "train", tokenizer)
+        validation = open_store(source, "validation", tokenizer)
+        train_rows = rows_of(train, data, objective)
+        batches = IndexedBatches(train_rows, seed=seed, workers=workers, **common)
+        size = (
+            f"{len(train):,} documents, {len(train.tokens):,} tokens, {len(train_rows):,} rows an"
+            " epoch"
+        )
+    held_out = held_out_rows_of(validation, data, objective)
     identity = {
         "text": source.fingerprint("train"),
         "tokenizer": tokenizer.sha256,
+        "extra_ids": tokenizer.extra_ids,
         "pack": data.pack,
         "stream_shards": data.shards if data.stream else None,
     }
+    return Text(
+        tokenizer,
+        batches,
+        evaluation_batches(held_out, limit=eval_batches, **common),
+        pick_samples([validation.document(i) for i in range(min(200, len(validation)))]),
+        identity,
+        f"{source.name}: {size}; {len(held_out):,} rows held out;"
+        f" {tokenizer.vocab_size:,} token ids; text {identity['text'][:12]}",
+    )
 
-    if data.stream:
-        settings = {"source": source, "tokenizer": tokenizer, "window": objective.window}
-        settings |= {"shards": data.shards, **common, **host}
-        batches = StreamingBatches(split="train", seed=seed, **settings)
-        held_out = StreamingBatches(split="validation", seed=0, **settings).start(None)
-        evaluation = [rows for rows, _ in itertools.islice(held_out, eval_batches)]
-        held_out.close()
-        documents = itertools.islice(source.documents("validation"), 200)
-        samples = pick_samples(tokenizer.encode_batch(list(documents)))
-        summary = f"{source.name}, tokenized while training"
-    else:
-        stores = {split: open_store(source, split, tokenizer) for split in ("train", "validation")}
-        rows = {split: open_rows(store, data, objective) for split, store in stores.items()}
-        batches = IndexedBatches(rows["train"], seed=seed, workers=workers, **common, **host)
-        evaluation = evaluation_batches(rows["validation"], limit=eval_batches, **common, **host)
-        documents = stores["validation"]
-        samples = pick_samples([documents.document(i) for i in range(min(200, len(documents)))])
-        tokens = len(stores["train"].tokens)
-        summary = (
-            f"{source.name}: {len(stores['train']):,} documents, {tokens:,} tokens,"
-            f" {len(rows['train']):,} rows an epoch; {len(rows['validation']):,} rows held out"
+
+def choose_tokenizer(
+    data: TokenizedText, source: Source, given: SentencePieceTokenizer | None = None
+) -> SentencePieceTokenizer:
+    """The one `given` with a checkpoint, the one that the settings name, or one trained now.
+
+    Raises:
+        ValueError: the settings name another one than is given, or one that cannot be read; or the
+            text cannot train one.
+    """
+    if data.tokenizer is None:
+        return given or cached_tokenizer(
+            source, data.vocab_size, character_coverage=data.character_coverage
         )
-    summary += f"; {tokenizer.vocab_size:,} token ids; text {identity['text'][:12]}"
-    return Text(tokenizer, batches, evaluation, samples, identity, summary)
-
-
-def open_tokenizer(data: TokenizedText, source: Source) -> SentencePieceTokenizer:
-    """The tokenizer named by the settings, or one trained on the source."""
-    if data.tokenizer is not None:
+    if given is None:
         return SentencePieceTokenizer.load(data.tokenizer)
-    return cached_tokenizer(source, data.vocab_size, character_coverage=data.character_coverage)
+    if SentencePieceTokenizer.load(data.tokenizer, given.extra_ids).sha256 != given.sha256:
+        raise ValueError(
+            f"data.tokenizer {data.tokenizer} is not the tokenizer that the checkpoint was trained"
+            " with: drop it to use the checkpoint's own"
+        )
+    return given
 
 
 def open_store(source: Source, split: str, tokenizer: SentencePieceTokenizer) -> TokenStore:
     """The source's tokens, found in the cache or made now."""
     fingerprint = source.fingerprint(split)
-    directory = store_directory(fingerprint, tokenizer)
-    return build_token_store(source.documents(split), tokenizer, directory, fingerprint)
+    return build_token_store(
+        source.documents(split),
+        tokenizer,
+        store_directory(fingerprint, tokenizer),
+        fingerprint,
+        total=source.num_documents(split),
+    )
 
 
-def open_rows(store: TokenStore, data: TokenizedText, objective: Denoising) -> Rows:
+def rows_of(store: TokenStore, data: TokenizedText, objective: Denoising) -> Rows:
+    """The rows to train on."""
     if data.pack:
         return PackedDocuments(store, objective.window, objective.sizes, objective.lengths)
     return Windows(store, objective.window)
+
+
+def held_out_rows_of(
+    documents: TokenizedDocuments, data: TokenizedText, objective: Denoising
+) -> Rows:
+    """The rows to evaluate on; of text shorter than one example, a single shorter one."""
+    if data.pack:
+        return rows_of(documents, data, objective)
+    # A single token has nothing to predict it from.
+    window = max(min(objective.window, len(documents.tokens)), 2)
+    return Windows(documents, window, "validation")
 
 
 def pick_samples(

@@ -41,7 +41,26 @@ class DamagedStore(ValueError):
     """A token store that can't be used as it is."""
 
 
-class TokenStore:
+class TokenizedDocuments:
+    """Documents' tokens one after the other.
+
+    Attributes:
+        tokens: `[tokens]` integers.
+        offsets: `[documents + 1]`: document i is `tokens[offsets[i] : offsets[i + 1]]`.
+    """
+
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray):
+        self.tokens, self.offsets = tokens, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of document `index`."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+class TokenStore(TokenizedDocuments):
     """An opened store. Pickles as its path, so worker processes map the same file.
 
     Attributes:
@@ -68,13 +87,6 @@ class TokenStore:
             self.offsets = _mapped(self.directory / "offsets.bin", "int64", meta["documents"] + 1)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedStore(f"the token store {self.directory} is damaged: {error}") from error
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def document(self, index: int) -> np.ndarray:
-        """The tokens of document `index`."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def __reduce__(self):
         return TokenStore, (self.directory,)
@@ -124,6 +136,19 @@ def build_token_store(
         with cache.atomic_directory(directory) as temporary:
             _write(documents, tokenizer, temporary, fingerprint, total, progress)
         return TokenStore(directory)
+
+
+def first_documents(
+    documents: Iterable[str], tokenizer: Tokenizer, tokens: int
+) -> TokenizedDocuments:
+    """As many documents as make up `tokens` tokens, or all there are, tokenized in memory."""
+    encoded, count = [np.zeros(0, np.int32)], 0
+    for group in document_groups(documents, GROUP_CHARACTERS // 20):
+        encoded += tokenizer.encode_batch(group)
+        count += sum(map(len, encoded[-len(group) :]))
+        if count >= tokens:
+            break
+    return TokenizedDocuments(np.concatenate(encoded), np.cumsum([len(ids) for ids in encoded]))
 
 
 def document_groups(

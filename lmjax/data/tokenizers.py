@@ -10,6 +10,7 @@ and a word after a sentinel starts a new word exactly if white space separates t
 "un<extra_id_0>able" is possible and "<extra_id_0> fox" has the ids it has in training.
 """
 
+import collections
 import hashlib
 import io
 import itertools
@@ -25,6 +26,9 @@ from rich.console import Console
 
 from lmjax.data import cache
 from lmjax.data.sources import Source, document_hash
+
+LEAST_COVERAGE = 0.98
+"""SentencePiece trains with no smaller character_coverage."""
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 # Serialized protocol buffers merge when concatenated. These bytes set ModelProto.normalizer_spec
@@ -150,7 +154,7 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     *,
-    character_coverage: float = 1.0,
+    character_coverage: float | None = None,
     max_characters: int = 8_000_000,
     extra_ids: int = 100,
 ) -> SentencePieceTokenizer:
@@ -163,19 +167,30 @@ def train_tokenizer(
       texts: documents.
       vocab_size: pieces, without the `extra_ids` sentinels that are appended; fewer where the
         text is too short for so many.
-      character_coverage: the part of all characters that get a piece; 0.9995 suits Korean, Chinese
-        and Japanese, whose rare characters would fill a small vocabulary.
+      character_coverage: the share of the text whose characters get a piece, 0.98 to 1. None: all
+        of it, unless the text has so many different characters that the rare ones would fill the
+        vocabulary, as in Korean, Chinese and Japanese (see `default_coverage`).
       max_characters: how much text to train on.
 
     Raises:
       ValueError: the texts are empty, or the vocabulary is too small for their characters; one
         sentence gives the smallest size possible.
     """
-    if not 0.9 <= character_coverage <= 1:
-        raise ValueError(f"character_coverage is {character_coverage}, not between 0.9 and 1")
+    if character_coverage is not None and not LEAST_COVERAGE <= character_coverage <= 1:
+        raise ValueError(
+            f"character_coverage is {character_coverage}, not between {LEAST_COVERAGE} and 1"
+        )
     sample = [text for text in _sample(texts, max_characters) if text.strip()]
     if not sample:
         raise ValueError("there is no text to train a tokenizer on: every document is empty")
+    if character_coverage is None:
+        character_coverage = default_coverage(sample, vocab_size)
+        if character_coverage < 1:
+            Console(stderr=True).print(
+                f"the text has more different characters than a vocabulary of {vocab_size:,} "
+                f"should hold: training it with character_coverage {character_coverage:.4f}, "
+                "so that the rarest read as unknown"
+            )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -194,8 +209,23 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(_explained(str(error), vocab_size)) from error
+        raise ValueError(_explained(str(error), vocab_size, character_coverage)) from error
     return SentencePieceTokenizer(model.getvalue(), extra_ids)
+
+
+def default_coverage(texts: Sequence[str], vocab_size: int) -> float:
+    """The share of the text whose characters get a piece each.
+
+    1 where the different characters are at most a quarter of the vocabulary. Else 0.9995, or less
+    where that share still has more characters than half of the vocabulary.
+    """
+    counts = collections.Counter()
+    for text in texts:
+        counts.update(text)
+    if len(counts) <= vocab_size // 4:
+        return 1.0
+    most_frequent = sum(count for _, count in counts.most_common(vocab_size // 2))
+    return min(max(most_frequent / counts.total(), LEAST_COVERAGE), 0.9995)
 
 
 def cached_tokenizer(
@@ -203,7 +233,7 @@ def cached_tokenizer(
     vocab_size: int,
     *,
     split: str = "train",
-    character_coverage: float = 1.0,
+    character_coverage: float | None = None,
     max_characters: int = 8_000_000,
     extra_ids: int = 100,
 ) -> SentencePieceTokenizer:
@@ -267,11 +297,12 @@ def _sentences(texts: list[str]) -> Iterator[str]:
             yield from (line[start : start + 1_000] for start in range(0, len(line), 1_000))
 
 
-def _explained(error: str, vocab_size: int) -> str:
+def _explained(error: str, vocab_size: int, character_coverage: float) -> str:
     """The trainer's failed assertion, as a sentence with the size to choose."""
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return (
-            f"a vocabulary of {vocab_size:,} pieces is too small for the text's characters: "
-            f"set at least {int(smallest[1]):,}, or a smaller character_coverage (0.9995)"
+            f"a vocabulary of {vocab_size:,} pieces is too small for the text's characters at "
+            f"character_coverage {character_coverage:.4f}: set at least {int(smallest[1]):,}, or a "
+            f"smaller character_coverage (no less than {LEAST_COVERAGE})"
         )
     return f"SentencePiece could not train a vocabulary of {vocab_size:,} pieces: {error}"

@@ -27,7 +27,7 @@ DOWNLOADED = (
     "spiece.model",
     "tokenizer*",
 )
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def local_directory(path_or_repo: str | os.PathLike) -> Path:

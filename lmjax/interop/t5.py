@@ -30,6 +30,12 @@ from lmjax.models.t5 import PRESETS, T5, T5Config
 
 # What a config.json that lacks a field means, by its model_type.
 DEFAULTS = {"t5": T5Config(), "mt5": PRESETS["mt5-small"]}
+ARCHITECTURES = {
+    f"{family}{head}": family.lower()
+    for family in ("T5", "MT5")
+    for head in ("ForConditionalGeneration", "WithLMHeadModel", "Model")
+}
+"""model_type, by an entry of `architectures`: the oldest files have only these."""
 FIELDS = {
     "vocab": "vocab_size",
     "layers": "num_layers",
@@ -59,16 +65,29 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 # --- configuration
 
 
+def model_type(content: dict[str, Any]) -> str | None:
+    """What a config.json says it is, by name or, in old files, by architecture."""
+    if content.get("model_type") is not None:
+        return content["model_type"]
+    known = [ARCHITECTURES[a] for a in content.get("architectures") or () if a in ARCHITECTURES]
+    return known[0] if known else None
+
+
 def config_from_json(content: dict[str, Any], source: str = CONFIG) -> T5Config:
-    """The model that a config.json describes; `source` names it in errors.
+    """The model that a config.json describes; null is as good as absent.
+
+    Args:
+      content: of the file.
+      source: names it in errors.
 
     Raises:
       ValueError: a setting that this T5 does not have.
     """
-    model_type = content.get("model_type")
-    if model_type not in DEFAULTS:
-        raise ValueError(f"{source}: model_type is {model_type!r}, not one of {list(DEFAULTS)}")
-    default = DEFAULTS[model_type]
+    content = {name: value for name, value in content.items() if value is not None}
+    family = model_type(content)
+    if family not in DEFAULTS:
+        raise ValueError(f"{source}: model_type is {family!r}, not one of {list(DEFAULTS)}")
+    default = DEFAULTS[family]
     fields = {
         ours: content.get(theirs, None if ours == "decoder_layers" else getattr(default, ours))
         for ours, theirs in FIELDS.items()
@@ -81,7 +100,7 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> T5Config:
             f"{content.get('is_gated_act')}), not one of {list(ACTIVATIONS)}"
         )
     for name, known in SPECIAL_IDS.items():
-        if content.get(name) not in (None, known):
+        if content.get(name, known) != known:
             raise ValueError(f"{source}: {name} is {content[name]}, but T5 here has it at {known}")
     # transformers 5 ties names of matrices by one field and means the family by the other.
     tied = content.get("tie_word_embeddings", default.tied)

@@ -8,11 +8,17 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 REMAT_POLICIES = {
     "none": None,
-    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # What attention returns is kept too: it is no larger than a product's output, and to compute it
+    # again would take all of attention.
+    "matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention"),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 ATTENTION = ("whole", "blocked")
@@ -124,7 +130,13 @@ def attention(
     `rate` of the attention weights are dropped where a `key` is given.
     """
     if execution.attention == "blocked":
-        return _blocked_attention(q, k, v, mask, bias, rate, key)
+        context = _blocked_attention(q, k, v, mask, bias, rate, key)
+    else:
+        context = _whole_attention(q, k, v, mask, bias, rate, key)
+    return checkpoint_name(context, "attention")
+
+
+def _whole_attention(q, k, v, mask, bias, rate, key):
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
     scores = scores if bias is None else scores + bias
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))

@@ -1,6 +1,7 @@
 """Sequence to sequence: read `inputs`, predict `targets` token by token (T5, BART, Meena)."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,14 @@ class Seq2Seq:
     z_loss: float = 0.0
     """Weight of logsumexp(logits)^2; T5 pretrains with 1e-4."""
     label_smoothing: float = 0.0
+    """Probability that the smoothed target spreads over the other entries of the vocabulary."""
+
+    def __post_init__(self):
+        if not (0 <= self.z_loss < math.inf and 0 <= self.label_smoothing < 1):
+            raise ValueError(
+                f"z_loss is {self.z_loss} and label_smoothing {self.label_smoothing}: expected"
+                " 0 <= z_loss and 0 <= label_smoothing < 1"
+            )
 
     def init(self, rng):
         token = jnp.zeros((1, 1), jnp.int32)

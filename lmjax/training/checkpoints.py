@@ -5,14 +5,17 @@ A checkpoint holds four items: `params`, `ema` (where an average is kept), `trai
 the state) and `info` (JSON: position in the data, metrics, ...). Parameters can be read alone.
 """
 
+import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from lmjax.data.cache import atomic_write
 from lmjax.tasks.task import Params
 from lmjax.training.state import TrainState
 
@@ -34,16 +38,10 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file by `content`, or leaves it as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replaces a file by `content`, or leaves it as it was and raises CheckpointError."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        atomic_write(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _said_plainly(error, f"{path} could not be written") from error
 
 
@@ -64,6 +62,34 @@ def as_json(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
+@contextlib.contextmanager
+def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
+    """Keeps other runs out of `workdir`, which is made if need be; ends with this process.
+
+    Only the first process of a run holds the lock (the kernel's: flock on `.lock`).
+
+    Raises:
+        CheckpointError: another process is training there, or it is no directory for a run.
+    """
+    workdir = Path(workdir)
+    _check_usable(workdir)
+    if jax.process_index() != 0:
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"another process is training in {workdir}: wait for it, end it, or choose another"
+                " workdir"
+            ) from None
+        except OSError:  # a file system without locks, as Lustre often is: not a reason to refuse
+            pass
+        yield
+
+
 def claim_workdir(
     workdir: str | os.PathLike,
     experiment: str,
@@ -73,35 +99,52 @@ def claim_workdir(
 ) -> None:
     """Makes `workdir` the directory of this run, or finds that it already is, and writes `files`.
 
+    A run that ended before its first checkpoint has left nothing to continue: its directory is
+    taken over whatever its identity. Of other runs, a field that the identity in config.json does
+    not have is no difference, for older versions of the code did not have it; a note is printed.
+
     Raises:
         CheckpointError: the directory holds a run with another identity (each field that differs
             is named), or files that are no run's.
     """
     workdir = Path(workdir)
     config = {"experiment": experiment, "identity": as_json(identity), "runtime": as_json(runtime)}
-    if (workdir / CONFIG).exists():
-        found = read_config(workdir)
-        changes = _changes(
-            {"experiment": found["experiment"], **_flat(found["identity"])},
-            {"experiment": experiment, **_flat(config["identity"])},
+    _check_usable(workdir)
+    found = read_config(workdir) if (workdir / CONFIG).exists() else None
+    notes = []
+    if found and _finished_steps(workdir / CHECKPOINTS):
+        changes, notes = _compare(
+            {"experiment": found["experiment"], **found["identity"]},
+            {"experiment": experiment, **config["identity"]},
         )
         if changes:
             raise CheckpointError(
                 f"{workdir} holds a run that began with other settings ({', '.join(changes)}):"
                 " restore them to continue it, or give a new run another workdir"
             )
-    elif workdir.is_dir() and any(not p.name.startswith(".") for p in workdir.iterdir()):
-        raise CheckpointError(
-            f"{workdir} has files in it but no {CONFIG}, so it is not the workdir of a run: choose"
-            " another directory or empty this one"
-        )
-    elif workdir.exists() and not workdir.is_dir():
-        raise CheckpointError(f"{workdir} is a file: choose a directory for the run's workdir")
     if jax.process_index() == 0:
+        if notes:
+            print(
+                f"note: {workdir / CONFIG} is of a version without {', '.join(notes)}: the run"
+                " goes on with these values"
+            )
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(workdir / CONFIG, json.dumps(config, indent=2).encode())
         for name, content in files.items():
             write_atomically(workdir / name, content)
+
+
+def _check_usable(workdir: Path) -> None:
+    """Raises CheckpointError for a file, and for a directory with files that are no run's."""
+    if workdir.exists() and not workdir.is_dir():
+        raise CheckpointError(f"{workdir} is a file: choose a directory for the run's workdir")
+    if (workdir / CONFIG).exists() or not workdir.exists():
+        return
+    if any(not p.name.startswith(".") for p in workdir.iterdir()):
+        raise CheckpointError(
+            f"{workdir} has files in it but no {CONFIG}, so it is not the workdir of a run: choose"
+            " another directory or empty this one"
+        )
 
 
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -126,26 +169,23 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
         ) from error
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        name: value
-        for key, item in tree.items()
-        for name, value in _flat(item, f"{prefix}.{key}" if prefix else key).items()
-    }
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """["batch 128 -> 64", ...]; a field that one side lacks is `absent` there."""
-    changes = []
-    for name in {**old, **new}:
-        before, after = (
-            json.dumps(fields[name]) if name in fields else "absent" for fields in (old, new)
-        )
-        if before != after:
-            changes.append(f"{name} {before} -> {after}")
-    return changes
+def _compare(old: Any, new: Any, name: str = "") -> tuple[list[str], list[str]]:
+    """(["batch 128 -> 64", ...], ["model.heads = 2", ...]): what differs, and what `old` lacks."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        same = json.dumps(old) == json.dumps(new)
+        return ([] if same else [f"{name} {json.dumps(old)} -> {json.dumps(new)}"]), []
+    changes, notes = [], []
+    for key in {**old, **new}:
+        inner = f"{name}.{key}" if name else key
+        if key not in old:
+            notes.append(f"{inner} = {json.dumps(new[key])}")
+        elif key not in new:
+            changes.append(f"{inner} {json.dumps(old[key])} -> absent")
+        else:
+            more, others = _compare(old[key], new[key], inner)
+            changes += more
+            notes += others
+    return changes, notes
 
 
 # --- how far it came
@@ -154,7 +194,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 class Checkpoints:
     """The checkpoints of a run: written in the background, the newest `keep` and the best kept.
 
-    The best has the lowest `eval_loss` among those saved with metrics.
+    The best has the lowest `eval_loss` among those saved with metrics. A context manager, which
+    closes them without hiding why the block ended.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
@@ -167,6 +208,17 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            print(f"warning: {error}", file=sys.stderr)
 
     @property
     def latest_step(self) -> int | None:
@@ -187,16 +239,10 @@ class Checkpoints:
                 is left. Those already written stay as they are.
         """
         check_space(self.directory, state)
-        training = state._replace(params=None, ema=None)._asdict()
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "training": ocp.args.StandardSave(training),
-            "info": ocp.args.JsonSave(info),
-        }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
+        items = {item: ocp.args.StandardSave(tree) for item, tree in _items(state).items()}
+        args = ocp.args.Composite(info=ocp.args.JsonSave(info), **items)
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=args, metrics=metrics)
         except Exception as error:
             raise self._unwritten(error) from error
 
@@ -207,14 +253,36 @@ class Checkpoints:
         except Exception as error:
             raise self._unwritten(error) from error
 
-    def restore(self, target: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """Reads (state, info) of a step, laid out as the abstract `target` says.
+    def inspect(self, target: TrainState, step: int) -> dict[str, Any]:
+        """Reads the `info` of a step, and checks the shapes of its state, but not its arrays.
 
         Raises:
             CheckpointError: the checkpoint is of another model, or damaged.
         """
+        return self._read(_inspect, target, step)
+
+    def restore(self, target: TrainState, step: int) -> TrainState:
+        """Reads the state of a step, laid out as the abstract `target` says.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model, or damaged.
+        """
+        return self._read(_restore, target, step)
+
+    def close(self) -> None:
+        """Ends the background work; what is still being written is finished first.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
         try:
-            return _restore(self._manager, target, step)
+            self._manager.close()
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def _read(self, read: Callable, target: TrainState, step: int) -> Any:
+        try:
+            return read(self._manager, target, step)
         except _Different as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self.directory} is of another model: {error};"
@@ -224,10 +292,6 @@ class Checkpoints:
             raise
         except Exception as error:
             raise self._damaged(target, step, error) from error
-
-    def close(self) -> None:
-        """Ends the background work; what is still being written is finished first."""
-        self._manager.close()
 
     def _damaged(self, target: TrainState, step: int, cause: Exception) -> CheckpointError:
         """Says which checkpoint is damaged and which older one is not, having read it."""
@@ -346,24 +410,27 @@ def _not_an_error_of_orbax(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
-def _restore(
-    manager: ocp.CheckpointManager, target: TrainState, step: int
-) -> tuple[TrainState, dict[str, Any]]:
+def _inspect(manager: ocp.CheckpointManager, target: TrainState, step: int) -> dict[str, Any]:
     # The smallest item first: it says what the others should be.
     info = manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
-    wanted = {
-        "params": target.params,
-        "training": target._replace(params=None, ema=None)._asdict(),
-    }
-    if target.ema is not None:
-        wanted["ema"] = target.ema
     saved = manager.item_metadata(step)
-    for item, tree in wanted.items():
+    for item, tree in _items(target).items():
         _check_same(saved[item].tree, tree)
-    args = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
+    return info
+
+
+def _restore(manager: ocp.CheckpointManager, target: TrainState, step: int) -> TrainState:
+    _inspect(manager, target, step)
+    args = {item: ocp.args.StandardRestore(tree) for item, tree in _items(target).items()}
     items = manager.restore(step, args=ocp.args.Composite(**args))
-    rest = {**items.training, "params": items.params, "ema": items.get("ema")}
-    return TrainState(**rest), info
+    return TrainState(**{**items.training, "params": items.params, "ema": items.get("ema")})
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that are kept as items of their own."""
+    rest = state._replace(params=None, ema=None)._asdict()
+    items = {"params": state.params, "training": rest}
+    return items if state.ema is None else {**items, "ema": state.ema}
 
 
 def differences(given: Any, wanted: Any) -> str:

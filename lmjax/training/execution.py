@@ -15,9 +15,10 @@ class ExecutionOptions:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and products; auto: float32 on a CPU, bfloat16 elsewhere. Parameters,
     optimizer, softmax, norms and loss are float32 always."""
-    remat: Literal["none", "matmuls", "full"] = "none"
-    """What each layer forgets and computes again backwards: none (fastest), everything but the
-    outputs of matrix products (matmuls), or everything (full: least memory, a third slower)."""
+    remat: Literal["none", "matmuls", "full"] = "matmuls"
+    """What each layer forgets and computes again backwards: nothing (none), all but the outputs of
+    matrix products and of attention (matmuls: much less memory, about as fast), or everything
+    (full: least memory, a third slower)."""
     attention: Literal["auto", "whole", "blocked"] = "auto"
     """Attention over the whole batch at once, or one head of one example at a time, which is two
     to three times as fast on one CPU device; auto picks blocked there and whole elsewhere."""

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -37,14 +38,23 @@ from lmjax.sharding.mesh import (
 )
 from lmjax.tasks.task import Batch, Params, Scalars, Task
 from lmjax.training.checkpoints import (
+    CheckpointError,
     Checkpoints,
     check_space,
     claim_workdir,
     differences,
     leaf_name,
+    lock_workdir,
 )
 from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
-from lmjax.training.reporting import Reporter, count_tokens, memory_summary, parameter_summary
+from lmjax.training.reporting import (
+    Reporter,
+    compilation_summary,
+    count_tokens,
+    memory_summary,
+    parameter_summary,
+    size,
+)
 from lmjax.training.schedules import Schedule
 from lmjax.training.state import (
     Averaging,
@@ -96,6 +106,10 @@ class NonFinite(FloatingPointError):
     """A loss or gradient became infinite or not a number; the message is the report."""
 
 
+class OutOfMemory(ValueError):
+    """A device has too little memory for this run; the message says what to change."""
+
+
 def fit(
     task: Task,
     optimizer: Adafactor | AdamW,
@@ -132,8 +146,10 @@ def fit(
     Raises:
         ValueError: a batch that does not divide over the devices, parameters from `init` of
             another shape, or data that ends too early.
-        CheckpointError: a workdir or checkpoint of another run, or damaged, or no space left.
+        CheckpointError: a workdir or checkpoint of another run, or in use by another process, or
+            damaged, or no space left.
         NonFinite: see `FitOptions.nonfinite`.
+        OutOfMemory: a device has too little of it.
     """
     mesh = make_mesh(strategy)
     check_batch_size(data.batch_size, mesh, strategy, runtime.microbatches)
@@ -142,22 +158,32 @@ def fit(
         check_batch_size(rows, mesh, strategy)
     settings = {"steps": steps, "strategy": strategy.name, "fit": runtime}
     identity = {**identity, "averaging": averaging}
-    claim_workdir(workdir, experiment, identity, settings, files)
 
-    with (
-        activate(mesh, strategy),
-        Interruption() as interruption,
-        contextlib.closing(Checkpoints(workdir, runtime.keep)) as checkpoints,
-        contextlib.ExitStack() as cleanup,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(memory_errors_said_plainly(data.batch_size, runtime.microbatches))
+        stack.enter_context(lock_workdir(workdir))
+        claim_workdir(workdir, experiment, identity, settings, files)
+        stack.enter_context(activate(mesh, strategy))
+        interruption = stack.enter_context(Interruption())
+        checkpoints = stack.enter_context(Checkpoints(workdir, runtime.keep))
+
         transformation, build, target = plan(task, optimizer, averaging, seed, mesh, strategy)
-        state, info = restore_or_begin(checkpoints, target, build, init)
-        first = int(state.step)
+        latest = checkpoints.latest_step
+        first = latest or 0
         if first >= steps:
             _print(f"{workdir} is at step {first} already: nothing is left to do up to {steps}")
-            return Fitted(state, interrupted=False)
+            return Fitted(checkpoints.restore(target, first), interrupted=False)
+        _print(parameter_summary(target.params))
+        _print(memory_summary(target))
 
-        feed = cleanup.enter_context(Feed(data, info["position"], batch_sharding(mesh, strategy)))
+        # The large arrays come last: whatever can be wrong is found before.
+        if latest is None:
+            check_space(checkpoints.directory, target)
+            given = None if init is None else given_parameters(init, target)
+            info = {"position": None, "skipped": 0}
+        else:
+            info = checkpoints.inspect(target, latest)
+        feed = stack.enter_context(Feed(data, info["position"], batch_sharding(mesh, strategy)))
         batch = feed.next()
         step = functools.partial(
             train_step,
@@ -168,13 +194,18 @@ def fit(
             averaging=averaging,
         )
         compiled, seconds = compile_step(step, target, batch)
+        _print(compilation_summary(compiled, seconds))
+        if latest is None:
+            state = jax.jit(build, out_shardings=_shardings(target))(given)
+            del given  # the state has copies
+        else:
+            state = checkpoints.restore(target, latest)
+
         flops = task.flops({name: array.shape for name, array in batch.items()})
         peak = peak_flops(mesh.devices.flat[0])
         reporter = Reporter(workdir, first, steps, flops, peak and peak * mesh.size)
-        cleanup.enter_context(reporter)
-        reporter.say(parameter_summary(target.params))
-        reporter.say(memory_summary(target, compiled))
-        reporter.say(f"  compiled in {seconds:.1f} s; {first} of {steps} steps are done")
+        stack.enter_context(reporter)
+        reporter.say(f"  {first} of {steps} steps are done")
         evaluator = Evaluator(task, evaluation, feed.sharding) if evaluation else None
         guard = Guard(runtime, checkpoints, target.params, info["skipped"])
         loop = Loop(compiled, feed, evaluator, checkpoints, reporter, guard, runtime)
@@ -213,6 +244,8 @@ def train_step(
     """One step of training.
 
     If the loss or a gradient is not finite, the state stays as it was but for the step counter.
+    The optimizer does not count such a step, so its learning rate, which is the one in the metrics,
+    then lags behind the step counter.
     """
     key = jax.random.fold_in(state.rng, state.step)
     loss, metrics, extra, gradients = accumulate(task, state, batch, key, microbatches)
@@ -225,13 +258,14 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     ema = None if averaging is None else averaging.update(state.ema, params, step)
+    updates_done = state.opt_state[0]  # the states of all optimizers begin with it
     new = TrainState(step, params, extra, opt_state, ema, state.rng)
     old = state._replace(step=step)
     metrics = {
         **metrics,
         "loss": loss,
         "grad_norm": jnp.sqrt(squares.sum()),
-        "learning_rate": schedule(state.step),
+        "learning_rate": schedule(updates_done),
     }
     state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
     return state, Outcome(metrics, squares)
@@ -301,25 +335,12 @@ def plan(
     return transformation, build, target
 
 
-def restore_or_begin(
-    checkpoints: Checkpoints,
-    target: TrainState,
-    build: Callable[[Params | None], TrainState],
-    init: Callable[[], Params] | None,
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state of the last checkpoint and what was saved beside it, or those of a new run."""
-    latest = checkpoints.latest_step
-    if latest is not None:
-        return checkpoints.restore(target, latest)
-    check_space(checkpoints.directory, target)
-    params = None
-    if init is not None:
-        params = init()
-        if text := differences(params, target.params):
-            raise ValueError(f"the parameters to start from are of another model: {text}")
-        params = jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target.params)
-    state = jax.jit(build, out_shardings=_shardings(target))(params)
-    return state, {"position": None, "skipped": 0}
+def given_parameters(init: Callable[[], Params], target: TrainState) -> Params:
+    """The parameters that `init` gives, on their devices; ValueError if they do not fit."""
+    params = init()
+    if text := differences(params, target.params):
+        raise ValueError(f"the parameters to start from are of another model: {text}")
+    return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target.params)
 
 
 def compile_step(
@@ -333,6 +354,30 @@ def compile_step(
 
 def _shardings(target: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, target)
+
+
+@contextlib.contextmanager
+def memory_errors_said_plainly(batch_size: int, microbatches: int) -> Iterator[None]:
+    """Turns XLA's RESOURCE_EXHAUSTED, wherever in the block it is raised, into OutOfMemory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(
+            f"a device ran out of memory{_asked_for(str(error))} with a batch of {batch_size} rows"
+            f" in {microbatches} micro-batch(es) over {jax.device_count()} device(s): choose a"
+            " smaller batch, more fit.microbatches (the gradient stays the same), execution.remat"
+            " full or a smaller model"
+        ) from error
+
+
+def _asked_for(message: str) -> str:
+    """XLA says "allocating 512 bytes", "allocate 2.00GiB" or (TPU) "Used 20.5G of 15.7G hbm"."""
+    found = re.search(r"(?:allocat\w+|Used) (\d[\d.]*) ?([bKMGT])", message)
+    if not found:
+        return ""
+    return f", asked for {size(float(found[1]) * 1024 ** 'bKMGT'.index(found[2]))},"
 
 
 # --- the loop
@@ -354,13 +399,14 @@ class Feed:
 
     def next(self) -> dict[str, jax.Array]:
         try:
-            rows, self.position = next(self._stream)
+            rows, position = next(self._stream)
         except StopIteration:
             raise ValueError(
                 "the training data ended before the last step: give it more data or fewer steps"
             ) from None
-        self.tokens = count_tokens(rows) * jax.process_count()
-        return put_batch(rows, self.sharding)
+        batch = put_batch(rows, self.sharding)
+        self.position, self.tokens = position, count_tokens(rows) * jax.process_count()
+        return batch
 
 
 class Evaluator:
@@ -424,7 +470,8 @@ class Guard:
             if not np.isfinite(square)
         ]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        self._checkpoints.wait()
+        with contextlib.suppress(CheckpointError):  # a failed write is not why the run ends
+            self._checkpoints.wait()
         last = self._checkpoints.latest_step
         if self._runtime.nonfinite == "stop":
             advice = "nonfinite=skip leaves such batches out"
@@ -480,11 +527,20 @@ class Loop:
                 with self.reporter.speed.stopped():
                     metrics = self._evaluate(state, number) if evaluate else None
                     if save:
-                        info = {"position": self.feed.position, "skipped": self.guard.skipped}
-                        self.checkpoints.save(number, state, info, metrics)
+                        self._save(state, number, metrics)
             if last:
                 break
-            batch = self.feed.next()
+            try:
+                batch = self.feed.next()
+            except Exception:
+                if not interruption.requested:
+                    raise
+                # A terminal sends Ctrl-C to processes that prepare data too, which may die of it.
+                if late:
+                    self._observe(*late, log=True)
+                if not save:
+                    self._save(state, number)
+                break
         self.checkpoints.wait()
         self.reporter.draw()
         return state
@@ -502,6 +558,10 @@ class Loop:
             if log or step % self.runtime.log_every == 0:
                 metrics = {**_floats(outcome.metrics), "skipped": self.guard.skipped}
                 self.reporter.log(step, metrics)
+
+    def _save(self, state: TrainState, step: int, metrics: dict[str, float] | None = None) -> None:
+        info = {"position": self.feed.position, "skipped": self.guard.skipped}
+        self.checkpoints.save(step, state, info, metrics)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
         if self.evaluate is None:

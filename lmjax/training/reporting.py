@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -56,8 +57,10 @@ class Reporter:
 
     def __enter__(self) -> "Reporter":
         if self._writes:
-            # A run without a checkpoint begins anew, with its evaluation at step 0.
-            kept = self.first_step or -1
+            kept = self.first_step
+            if not kept:  # a run without a checkpoint begins anew, with its evaluation at step 0
+                kept = -1
+                shutil.rmtree(self.workdir / EVENTS, ignore_errors=True)
             truncate(self.workdir / METRICS, kept)
             self._events = Events(self.workdir / EVENTS, kept)
             self._file = open(self.workdir / METRICS, "a")
@@ -287,8 +290,8 @@ def parameter_summary(params: Any) -> str:
     return "\n".join([f"  {'parameters':<{width}} {total:>15,}", *lines])
 
 
-def memory_summary(target: TrainState, compiled: jax.stages.Compiled) -> str:
-    """Bytes on each device before the first step, and what the compiled step needs beside them."""
+def memory_summary(target: TrainState) -> str:
+    """What the state and the gradients take on each device, told before any of it is there."""
     parts = {
         "parameters": bytes_per_device(target.params),
         "gradients": bytes_per_device(target.params),
@@ -296,14 +299,21 @@ def memory_summary(target: TrainState, compiled: jax.stages.Compiled) -> str:
     }
     if target.ema is not None:
         parts["average"] = bytes_per_device(target.ema)
-    analysis = compiled.memory_analysis()  # None where a backend has no such figures
-    if analysis is not None:
-        parts["temporary (gradients are part of it)"] = analysis.temp_size_in_bytes
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     of = f" of {size(limit)}" if limit else ""
     sizes = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
     return f"  {jax.device_count()} x {device.device_kind}; on each{of}: {sizes}"
+
+
+def compilation_summary(compiled: jax.stages.Compiled, seconds: float) -> str:
+    """How long compiling took, and what the compiled step takes on each device."""
+    line = f"  compiled in {seconds:.1f} s"
+    analysis = compiled.memory_analysis()  # None where a backend has no such figures
+    if analysis is not None:
+        line += f"; beside the state a step takes {size(analysis.temp_size_in_bytes)}"
+        line += " (gradients are part of it)"
+    return line
 
 
 def bytes_per_device(target: Any) -> int:

@@ -1,5 +1,8 @@
 import functools
 import itertools
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -141,6 +144,20 @@ def test_worker_processes_change_nothing(store):
         assert position == later
 
 
+def test_worker_processes_leave_interrupts_to_the_main_one_and_end_with_the_iterator(store):
+    before = set(multiprocessing.active_children())
+    stream = make(store, workers=2).start(None)
+    next(stream)
+    workers = set(multiprocessing.active_children()) - before
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    for step in range(2, 20):  # more than were prepared before
+        assert next(stream)[1] == {"step": step}
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    stream.close()
+    assert not workers & set(multiprocessing.active_children())
+
+
 def test_short_examples_are_padded(store):
     batches = make(store, objective=prefix_lm, lengths={"inputs": WINDOW, "targets": WINDOW + 4})
     batch = batches.batch(0)
@@ -177,12 +194,22 @@ def test_errors_of_the_background_thread_reach_the_caller(store):
 
 
 def test_bad_settings_are_named(tmp_path, store):
-    with pytest.raises(ValueError, match="has 15 tokens and one example takes 20"):
+    with pytest.raises(ValueError, match="the train text has 15 tokens and one example takes 20"):
         Windows(make_store(tmp_path / "short", 15), WINDOW)
     with pytest.raises(ValueError, match="8 rows does not divide over 3 hosts"):
         make(store, process_count=3)
-    with pytest.raises(ValueError, match="must not be negative, got -1"):
-        make(store, seed=-1)
+    with pytest.raises(ValueError, match="workers must not be negative, got -1"):
+        make(store, workers=-1)
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"{limit} evaluation batches are no evaluation"):
+            evaluation_batches(Windows(store, WINDOW), OBJECTIVE, LENGTHS, 8, limit=limit)
+
+
+def test_seeds_are_those_that_noise_can_be_drawn_from(store):
+    make(store, seed=2**63 - 1).batch(0)
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=f"the seed is {seed}: choose one from 0"):
+            make(store, seed=seed)
 
 
 @pytest.mark.parametrize("count", [1, 2, 1_000, 20_000])  # made whole, and index by index

@@ -55,6 +55,21 @@ def test_the_smallest_text_still_has_both_splits(tmp_path, count):
     assert len(splits["validation"]) == 1 and len(splits["train"]) == count - 1
 
 
+@pytest.mark.parametrize("name", ["poem.txt", "poem.jsonl"])
+def test_of_a_single_document_lines_are_held_out(tmp_path, name):
+    lines = [f"line {i}" for i in range(30)]
+    text = "\n".join(lines)
+    write(tmp_path / name, json.dumps({"text": text}) if name.endswith("l") else text)
+    source = TextFiles(f"{tmp_path}/{name}", validation_fraction=0.2)
+    splits = both(source)
+    assert sorted(sum(splits.values(), [])) == sorted(lines)
+    assert splits["train"] and splits["validation"]
+    # Not where nothing needs to be held out.
+    assert list(TextFiles(source.patterns, source.patterns).documents("validation")) == [text]
+    write(tmp_path / "other.txt", "another document")
+    assert text in sum(both(TextFiles(f"{tmp_path}/*")).values(), [])
+
+
 def test_long_blocks_are_cut_at_lines_and_spaces(tmp_path):
     book = "".join(f"Line {i} of a book without an empty line.\n" for i in range(2_000))
     single_line = " ".join(f"word{i}" for i in range(10_000))
@@ -116,7 +131,7 @@ def test_huge_files_are_sampled_for_their_fingerprint(tmp_path, monkeypatch):
         ("a.txt", "가나".encode() + b"\n\n\xff", r"a.txt is not UTF-8 at byte 8"),
         ("a.txt", "안녕".encode("cp949"), r"a.txt is not UTF-8 at byte 0"),
         ("a.txt", b"", "holds no text"),
-        ("a.txt", b"one document", "one document only"),
+        ("a.txt", b"one line\n", "one line .* to hold out as its validation split"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}', r"line 2 of .*'text'.*\['body'\]"),
         ("a.jsonl", b'{"text": 3}', "line 1 of .* has no text under 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"te', "line 2 of .* is not JSON"),

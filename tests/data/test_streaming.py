@@ -135,7 +135,7 @@ def test_resuming_reads_over_documents_without_tokenizing_them(monkeypatch):
 
 @pytest.mark.parametrize("documents", [["", ""], ["ab", "cd", "ef", "gh"]])
 def test_a_shard_without_a_window_is_named(documents):
-    with pytest.raises(ValueError, match="shard 0 of 4 has . tokens and one example takes 20"):
+    with pytest.raises(ValueError, match="shard 0 of 4 of the train text has . tokens"):
         next(make(documents).start(None))
 
 
@@ -143,6 +143,13 @@ def test_a_source_that_shrank_is_named():
     position = take(make(), 20)[-1][1]
     with pytest.raises(ValueError, match="resume with the source that the run began with"):
         take(make(corpus(documents=20)), 20, position)
+
+
+def test_seeds_are_those_that_noise_can_be_drawn_from():
+    take(make(seed=2**63 - 1), 1)
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=f"the seed is {seed}: choose one from 0"):
+            make(seed=seed)
 
 
 def test_batches_must_divide():

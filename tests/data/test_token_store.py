@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmjax.data import token_store
-from lmjax.data.token_store import DamagedStore, TokenStore, build_token_store
+from lmjax.data.token_store import DamagedStore, TokenStore, build_token_store, first_documents
 
 DOCUMENTS = ["one", "", "three and more", "four"]
 
@@ -46,6 +46,20 @@ def test_documents_come_back_and_ids_are_stored_narrowly(tmp_path, vocab_size, d
     assert [text(store.document(i)) for i in range(4)] == DOCUMENTS
     assert text(store.tokens) == "".join(DOCUMENTS)
     assert store.fingerprint == "fingerprint"
+
+
+def test_the_first_documents_are_tokenized_without_reading_the_rest(monkeypatch):
+    monkeypatch.setattr(token_store, "GROUP_DOCUMENTS", 1)
+
+    def documents():
+        yield from DOCUMENTS
+        raise AssertionError("more was read than needed")
+
+    first = first_documents(documents(), Letters(), 18)
+    assert [text(first.document(i)) for i in range(len(first))] == DOCUMENTS
+    assert text(first.tokens) == "".join(DOCUMENTS)
+    assert len(first_documents(DOCUMENTS, Letters(), 1_000)) == 4
+    assert len(first_documents([], Letters(), 1_000)) == 0
 
 
 def test_a_store_is_opened_not_built_again_and_pickles_by_path(tmp_path):

@@ -147,9 +147,40 @@ def test_a_short_text_gives_a_smaller_vocabulary():
     assert tokenizer.unk_id not in tokenizer.encode(texts()[0])
 
 
+def test_rare_characters_do_not_fill_the_vocabulary(capsys):
+    """Korean has 11,172 syllables, of which a text uses a few hundred all the time."""
+    draw = random.Random(0)
+    syllables = [chr(0xAC00 + i) for i in range(8_500)]
+    frequencies = [1 / (i + 1) for i in range(len(syllables))]
+    rare = [" ".join(syllables[i : i + 10]) for i in range(0, len(syllables), 10)]
+    common = [
+        " ".join("".join(draw.choices(syllables, frequencies, k=3)) for _ in range(20))
+        for _ in range(500)
+    ]
+    tokenizer = train_tokenizer(rare + common, 8_092)
+    assert tokenizer.vocab_size <= 8_192
+    assert "character_coverage 0.98" in capsys.readouterr().err
+    ids = np.concatenate(tokenizer.encode_batch(common))
+    assert (ids == tokenizer.unk_id).mean() < 0.05
+    with pytest.raises(ValueError, match=r"too small .*coverage 1.0000: set at least 8,5\d\d"):
+        train_tokenizer(rare + common, 8_092, character_coverage=1.0)
+
+
+def test_every_character_has_a_piece_where_there_is_room(capsys):
+    assert module.default_coverage(["ab", "cd"], 16) == 1.0
+    assert module.default_coverage(["abcde"], 16) == 0.9995
+    assert module.default_coverage(["a" * 990 + "bcdefghij"], 6) == 992 / 999
+    assert module.default_coverage(["a" * 99 + "bcdefghij"], 6) == module.LEAST_COVERAGE
+    tokenizer = train_tokenizer(texts(), 400)
+    assert tokenizer.unk_id not in np.concatenate(tokenizer.encode_batch(texts()))
+    assert capsys.readouterr().err == ""
+
+
 def test_errors_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"20 pieces is too small .* at least \d+"):
         train_tokenizer(texts(), 20)
+    with pytest.raises(ValueError, match="coverage is 0.95, not between 0.98 and 1"):
+        train_tokenizer(texts(), 100, character_coverage=0.95)
     with pytest.raises(ValueError, match="no text to train"):
         train_tokenizer([" ", ""], 100)
     with pytest.raises(ValueError, match=r"cannot read .*absent.model: No such file"):

@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+import lmjax
+from lmjax.interop.t5 import save_pretrained
 from tests.experiments.conftest import ROOT, SMALL, environment
 
 PRETRAIN = "experiments.t5_pretrain"
@@ -57,7 +59,7 @@ def test_a_killed_run_resumes_bit_for_bit(run, arguments, cache, tmp_path):
     arguments = [*arguments, "--fit.checkpoint-every", 10, "--fit.eval-every", 15]
     arguments += ["--model.dropout", 0.1, "--data.pack", "--objective.noise-density", 0.3]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(PRETRAIN, *arguments, "--steps", 40, "--workdir", whole)
+    run(PRETRAIN, *arguments, "--steps", 80, "--workdir", whole)
 
     command = [sys.executable, "-m", PRETRAIN, *map(str, arguments), "--steps", "100000"]
     with subprocess.Popen(
@@ -70,9 +72,10 @@ def test_a_killed_run_resumes_bit_for_bit(run, arguments, cache, tmp_path):
         assert any(line.startswith("step 15: held-out") for line in process.stdout)
         process.kill()
     last = max(metrics(killed))
-    run(PRETRAIN, *arguments, "--steps", last + 5, "--workdir", killed)
+    assert last < 80
+    run(PRETRAIN, *arguments, "--steps", last + 1, "--workdir", killed)
     resumed, expected = metrics(killed), metrics(whole)
-    for step in range(1, min(max(resumed), 40) + 1):
+    for step in range(1, last + 2):
         assert resumed[step]["loss"] == expected[step]["loss"], step
 
 
@@ -91,10 +94,23 @@ def test_the_other_objectives_and_optimizers_train(run, corpus, tmp_path, object
 def test_init_starts_from_a_run_and_from_an_exported_directory(run, arguments, tmp_path):
     run(PRETRAIN, *arguments, "--steps", 40, "--workdir", tmp_path / "first")
     before = held_out(tmp_path / "first")
-    again = [*arguments, "--init", tmp_path / "first", "--steps", 2, "--seed", 1]
-    run(PRETRAIN, *again, "--workdir", tmp_path / "second")
-    after = held_out(tmp_path / "second")
-    assert after[0] == pytest.approx(before[-1], abs=1e-4)
+    model, params, tokenizer = lmjax.load(tmp_path / "first")
+    save_pretrained(tmp_path / "exported", model.config, params, tokenizer)
+    for start in ("first", "exported"):
+        again = [*arguments, "--init", tmp_path / start, "--steps", 2, "--seed", 1]
+        run(PRETRAIN, *again, "--workdir", tmp_path / f"from-{start}")
+        assert held_out(tmp_path / f"from-{start}")[0] == pytest.approx(before[-1], abs=1e-4)
+
+    text = "the function <extra_id_0> an array <extra_id_1>"
+    written = [
+        run("experiments.t5_generate", "--checkpoint", tmp_path / start, "--beams", 2, text).stdout
+        for start in ("first", "exported")
+    ]
+    assert written[0] == written[1] != ""
+
+    other = [*arguments, "--init", tmp_path / "first", "--model.heads", 2]
+    done = run(PRETRAIN, *other, "--workdir", tmp_path / "other", check=False)
+    assert done.returncode != 0 and "--model" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_teaches(run):
@@ -115,6 +131,7 @@ def test_help_teaches(run):
         (["--model.vocab", "128"], ["128", "rows"]),
         (["--objective.inputs-length", "100000"], ["sentinels"]),
         (["--init", "no/such-directory"], ["no/such-directory"]),
+        (["--seed", "-1"], ["--seed"]),
     ],
 )
 def test_bad_settings_end_in_one_sentence(run, arguments, tmp_path, flags, words):

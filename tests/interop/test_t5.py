@@ -189,6 +189,30 @@ def test_fields_that_old_configs_lack_have_their_model_types_defaults():
     assert interop.config_from_json({"model_type": "mt5"}) == PRESETS["mt5-small"]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "preset"),
+    [
+        ("T5WithLMHeadModel", "small"),
+        ("T5Model", "small"),
+        ("MT5ForConditionalGeneration", "mt5-small"),
+    ],
+)
+def test_the_oldest_configs_have_only_an_architecture(architecture, preset):
+    content = {"architectures": [architecture]}
+    assert interop.config_from_json(content) == PRESETS[preset]
+    assert interop.config_from_json({**content, "model_type": None}) == PRESETS[preset]
+    with pytest.raises(ValueError, match="model_type is None, not one of"):
+        interop.config_from_json({"architectures": ["BertModel"]})
+
+
+def test_null_in_a_config_means_the_default():
+    known = interop.config_to_json(PRESETS["v1_1-small"])
+    kept = ("architectures", "model_type", "d_model", "num_layers", "num_heads")
+    content = {name: value if name in kept else None for name, value in known.items()}
+    expected = {name: known[name] for name in kept}
+    assert interop.config_from_json(content) == interop.config_from_json(expected)
+
+
 def test_transformers_5_says_by_another_field_whether_output_is_tied():
     content = {"model_type": "t5", "tie_word_embeddings": True, "scale_decoder_outputs": False}
     assert not interop.config_from_json(content).tied
@@ -267,11 +291,11 @@ def test_a_tensor_of_another_shape_is_named(tied, key):
         interop.load_pretrained(tied)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_become_float32(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_another_precision_become_float32(tmp_path, dtype):
     model = save_reference(tmp_path / "whole", CONFIGS["1.1"])
-    model.to(dtype).save_pretrained(tmp_path / "half")
-    _, params = interop.load_pretrained(tmp_path / "half")
+    model.to(dtype).save_pretrained(tmp_path / "other")
+    _, params = interop.load_pretrained(tmp_path / "other")
     expected = model.get_parameter("lm_head.weight").detach().float().numpy()
     assert params["output"].dtype == np.float32
     np.testing.assert_array_equal(params["output"], expected)

@@ -15,6 +15,7 @@ from lmjax.training.checkpoints import (
     Checkpoints,
     claim_workdir,
     latest_step,
+    lock_workdir,
     read_config,
     restore_params,
 )
@@ -34,9 +35,9 @@ def target(width=4):
     )
 
 
-def run_with(workdir, steps):
+def run_with(workdir, steps, identity=None):
     """A run's directory with small checkpoints of these steps."""
-    claim_workdir(workdir, "toy", {}, {})
+    claim_workdir(workdir, "toy", identity or {}, {})
     saver = Checkpoints(workdir, keep=9)
     for step in steps:
         saver.save(step, state(step), {"position": {"step": step}})
@@ -66,8 +67,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 def test_state_position_and_keys_come_back(tmp_path):
     run_with(tmp_path, [5, 7])
     saver = Checkpoints(tmp_path)
-    restored, info = saver.restore(target(), 7)
-    assert info == {"position": {"step": 7}}
+    restored = saver.restore(target(), 7)
+    assert saver.inspect(target(), 7) == {"position": {"step": 7}}
     assert (jax.random.key_data(restored.rng) == jax.random.key_data(state(7).rng)).all()
     jax.tree.map(
         np.testing.assert_array_equal, restored._replace(rng=None), state(7)._replace(rng=None)
@@ -75,19 +76,40 @@ def test_state_position_and_keys_come_back(tmp_path):
 
 
 def test_another_identity_is_refused_field_by_field(tmp_path):
-    identity = {"batch": 128, "model": {"layers": 6, "width": 8}, "optimizer": toy.OPTIMIZER}
-    claim_workdir(tmp_path, "toy", identity, {"steps": 10})
+    model = {"layers": 6, "width": 8}
+    identity = {"batch": 128, "model": model, "optimizer": toy.OPTIMIZER, "averaging": None}
+    run_with(tmp_path, [1], identity)
     before = contents(tmp_path)
-    other = {**identity, "batch": 64, "model": {"layers": 6, "width": 8, "heads": 2}}
+    other = {**identity, "batch": 64, "model": {"layers": 6}, "averaging": {"decay": 0.5}}
     with pytest.raises(CheckpointError) as error:
         claim_workdir(tmp_path, "toy", other, {"steps": 10})
-    assert "batch 128 -> 64, model.heads absent -> 2" in str(error.value)
+    changes = 'batch 128 -> 64, model.width 8 -> absent, averaging null -> {"decay": 0.5})'
+    assert changes in str(error.value)
     assert "layers" not in str(error.value)
     assert contents(tmp_path) == before
 
     claim_workdir(tmp_path, "toy", identity, {"steps": 20})  # runtime settings may change
     assert read_config(tmp_path)["runtime"] == {"steps": 20}
     assert read_config(tmp_path)["identity"]["optimizer"]["type"] == "AdamW"
+
+
+def test_a_field_that_an_older_version_did_not_know_is_no_difference(tmp_path, capsys):
+    run_with(tmp_path, [1], {"model": {"layers": 6}})
+    newer = {"model": {"layers": 6, "heads": 2}}
+    for _ in range(2):
+        claim_workdir(tmp_path, "toy", newer, {})
+    assert capsys.readouterr().out.count("of a version without model.heads = 2") == 1
+    with pytest.raises(CheckpointError, match="model.heads 2 -> 3"):
+        claim_workdir(tmp_path, "toy", {"model": {"layers": 6, "heads": 3}}, {})
+
+
+def test_a_workdir_is_for_one_process_at_a_time(tmp_path):
+    with lock_workdir(tmp_path / "run"):
+        with pytest.raises(CheckpointError, match="another process is training in .*run"):
+            toy.train(tmp_path / "run", 1)
+        assert not (tmp_path / "run" / "config.json").exists()
+    with lock_workdir(tmp_path / "run"):
+        pass
 
 
 def test_files_that_belong_to_a_run_are_written_with_its_config(tmp_path):
@@ -99,8 +121,9 @@ def test_files_that_belong_to_a_run_are_written_with_its_config(tmp_path):
 
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
-    with pytest.raises(CheckpointError, match="not the workdir of a run"):
-        claim_workdir(tmp_path, "toy", {}, {})
+    for take in (lambda: claim_workdir(tmp_path, "toy", {}, {}), lambda: toy.train(tmp_path, 1)):
+        with pytest.raises(CheckpointError, match="not the workdir of a run"):
+            take()
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     for read in (latest_step, restore_params):
         with pytest.raises(CheckpointError, match="not the workdir of a run"):
@@ -164,6 +187,22 @@ def test_no_space_left(tmp_path, monkeypatch):
     assert contents(tmp_path) == before
 
 
+def test_a_write_that_fails_in_the_background_is_told_at_the_end(tmp_path, monkeypatch, capsys):
+    run_with(tmp_path, [1])
+    saver = Checkpoints(tmp_path)
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saver._manager, "wait_until_finished", full)  # closing waits
+    with pytest.raises(CheckpointError, match="no space is left.* that of step 1 is unharmed"):
+        with saver:
+            pass
+    with pytest.raises(KeyboardInterrupt), saver:
+        raise KeyboardInterrupt
+    assert "warning: no space is left" in capsys.readouterr().err
+
+
 def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     checkpoints.write_atomically(file, b"old")
@@ -172,7 +211,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints.os, "fsync", full)
-    with pytest.raises(CheckpointError, match="no space is left"):
+    with pytest.raises(CheckpointError, match="no space is left: .*config.json.* make room and"):
         checkpoints.write_atomically(file, b"new")
     assert contents(tmp_path) == {file: b"old"}
 

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.training.checkpoints import CheckpointError, latest_step, restore_params
-from lmjax.training.fit import FitOptions, NonFinite, accumulate, train_step
+from lmjax.training.checkpoints import CheckpointError, Checkpoints, latest_step, restore_params
+from lmjax.training.fit import FitOptions, NonFinite, OutOfMemory, accumulate, train_step
+from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import METRICS, read_metrics
+from lmjax.training.schedules import Constant
 from lmjax.training.state import Averaging, init_state
 from tests.training import toy
 
@@ -31,16 +33,16 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def start(averaging=None, task=None):
+def start(averaging=None, task=None, settings=toy.OPTIMIZER):
     """A first state and a jitted step, without the loop."""
     task = task or toy.Regression()
     params, axes, _ = task.init(jax.random.key(0))
-    optimizer = toy.OPTIMIZER.transformation(axes, task.labels(params))
+    optimizer = settings.transformation(axes, task.labels(params))
     state = init_state(task, optimizer, averaging is not None, seed=3)
 
     def step(state, batch):
         return train_step(
-            state, batch, task=task, optimizer=optimizer, schedule=toy.OPTIMIZER.schedule,
+            state, batch, task=task, optimizer=optimizer, schedule=settings.schedule,
             microbatches=1, averaging=averaging,
         )  # fmt: skip
 
@@ -87,6 +89,21 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counter():
     assert_same(after._replace(step=state.step), state)
     assert after.step == state.step + 1
     assert not np.isfinite(outcome.metrics["loss"])
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, Adafactor])
+def test_the_learning_rate_logged_is_the_one_used_after_a_skipped_step(optimizer):
+    settings = optimizer(Constant(1e-2, warmup=4))
+    first, step = start(task=toy.Regression(dropout=0.0), settings=settings)
+    good, bad = toy.Numbers(), toy.Numbers(bad=[1])
+    results = []
+    for batches in ([good.batch(0), good.batch(2)], [good.batch(0), bad.batch(1), good.batch(2)]):
+        state = first
+        for batch in batches:
+            state, outcome = step(state, batch)
+        results.append((state.params, outcome.metrics["learning_rate"]))
+    assert results[0][1] == pytest.approx(2.5e-3)
+    assert_same(*results)
 
 
 def test_average_is_updated_at_its_interval():
@@ -174,6 +191,35 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("step", [5, 6, 8])  # 6 has been evaluated, 8 is saved already
+def test_data_processes_that_die_of_ctrl_c_cost_no_step(tmp_path, whole, step):
+    def die():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("a worker process was terminated")
+
+    options = FitOptions(log_every=1, eval_every=3, checkpoint_every=4)
+    data = toy.Numbers(before={step: die})
+    assert toy.train(tmp_path, 14, data=data, runtime=options).interrupted
+    assert latest_step(tmp_path) == step == max(losses(tmp_path))
+    if step == 6:
+        assert_same(toy.train(tmp_path, 14).state, whole[1])
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_can_be_corrected(tmp_path):
+    def fail():
+        raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        data = toy.Numbers(before={3: fail})
+        toy.train(tmp_path, 14, data=data, averaging=Averaging(0.5))
+    assert max(losses(tmp_path)) == 2  # it had come that far
+    toy.train(tmp_path, 1)
+    assert [*losses(tmp_path)] == [1]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    with pytest.raises(CheckpointError, match="averaging null -> "):
+        toy.train(tmp_path, 2, averaging=Averaging(0.5))
+
+
 def test_starting_from_given_parameters(tmp_path, whole):
     given = restore_params(whole[0])
     assert_same(given, whole[1].params)
@@ -198,6 +244,24 @@ def test_a_loss_that_is_not_finite_stops_with_a_report(tmp_path):
         assert part in str(error.value)
     assert read_metrics(tmp_path / METRICS)[-1]["loss"] is None
     assert latest_step(tmp_path) == 4
+
+
+def test_a_failed_write_does_not_hide_that_a_loss_is_not_finite(tmp_path, monkeypatch):
+    def full(_):
+        raise CheckpointError("no space is left")
+
+    monkeypatch.setattr(Checkpoints, "wait", full)
+    with pytest.raises(NonFinite):
+        toy.train(tmp_path, 14, data=toy.Numbers(bad=[2]))
+
+
+def test_memory_is_told_before_it_is_taken_and_what_to_do_when_it_is_not_enough(tmp_path, capsys):
+    def init():
+        jnp.zeros(2**43).sum().block_until_ready()
+
+    with pytest.raises(OutOfMemory, match=r"asked for 35.2 TB, with a batch of 8 .*microbatches"):
+        toy.train(tmp_path, 1, init=init)
+    assert "optimizer 580 B" in capsys.readouterr().out
 
 
 def test_steps_that_are_not_finite_can_be_skipped_a_few_times(tmp_path):
