@@ -92,7 +92,7 @@ MINI = T5Pretrain(
     data=TokenizedText(vocab_size=3_996),
     optimizer=Adafactor(InverseSquareRoot(scale=0.2, warmup=100)),
     batch=32,
-    steps=300,
+    steps=400,
     workdir=Path("runs/t5-mini"),
     fit=FitOptions(log_every=1, eval_every=50, checkpoint_every=50),
 )

@@ -142,11 +142,12 @@ class IndexedBatches:
         # Worker i makes steps i, i + workers, ...; Grain hands them out in order.
         steps = grain.MapDataset.range(first, 2**60).map(self.batch)
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        iterator = iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers)))
+        with _interrupts_blocked():
+            iterator = iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers)))
         try:
-            with _interrupts_blocked():  # the first batch starts the processes
-                batch = next(iterator)
-            yield batch
+            with _interrupts_blocked():  # asking for the first batch starts the processes
+                first_batch = next(iterator)
+            yield first_batch
             yield from iterator
         finally:
             iterator.close()
