@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -501,4 +502,4 @@ def _said_plainly(error: Exception, what: str) -> CheckpointError:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    return text.split(" [tensorstore_spec")[0][:300]
+    return re.split(r" \[tensorstore_spec|\. See full TensorStore", text)[0][:300]
