@@ -407,8 +407,9 @@ def _manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
 
 
 def _not_an_error_of_orbax(record: logging.LogRecord) -> bool:
-    """Drops what Orbax logs (pages of it) about exceptions that it also raises, and we report."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+    """Drops what Orbax logs about exceptions it also raises, which we report, and about reading."""
+    silent = record.levelno >= logging.ERROR or "is read only" in str(record.msg)
+    return not (silent and "orbax" in record.pathname)
 
 
 def _inspect(manager: ocp.CheckpointManager, target: TrainState, step: int) -> dict[str, Any]:
