@@ -29,7 +29,7 @@ from lmjax import command_line
 from lmjax.data.text import Text, TokenizedText, read_text
 from lmjax.decoding.fill_in import spans_by_sentinel
 from lmjax.decoding.generate import generate
-from lmjax.loading import Description, describe
+from lmjax.loading import TOKENIZER, Description, describe
 from lmjax.models import t5
 from lmjax.models.t5 import T5, T5Config
 from lmjax.objectives.denoising import Denoising, IidDenoising, PrefixLM, SpanCorruption
@@ -182,7 +182,7 @@ def pretrain(settings: T5Pretrain, console: Console) -> Fitted:
         runtime=settings.fit,
         evaluation=text.evaluation,
         init=None if start is None else start.load_params,
-        files={"tokenizer.model": text.tokenizer.model},
+        files={TOKENIZER: text.tokenizer.model},
     )
     if not fitted.interrupted:
         show_fill_ins(model, fitted.state.evaluated, text, settings.objective, console)
