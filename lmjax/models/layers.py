@@ -13,12 +13,8 @@ from jaxtyping import Array, Bool, Float
 
 REMAT_POLICIES = {
     "none": None,
-    # What attention returns is kept too: it is no larger than a product's output, and to compute it
-    # again would take all of attention.
-    "matmuls": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention"),
-    ),
+    # Named, because a policy that goes by the kind of operation would also keep attention's scores.
+    "matmuls": jax.checkpoint_policies.save_only_these_names("product", "attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 ATTENTION = ("whole", "blocked")
@@ -35,8 +31,8 @@ class Execution:
     """What each layer forgets and computes again backwards: none (fastest), matmuls (keep their
     outputs) or full (least memory)."""
     attention: str = "whole"
-    """whole: all scores of a layer at once. blocked: one head of one example at a time, so that
-    the scores stay in a CPU's cache and are never stored; for a single CPU device."""
+    """whole: all scores of a layer at once. blocked: one example at a time, so that its scores stay
+    in a CPU's cache and are never stored; for a single CPU device."""
 
     def __post_init__(self):
         for name, known in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("attention", ATTENTION)):
@@ -98,7 +94,7 @@ def stacked(params: list):
 
 def dense(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
     """One two-dimensional product whatever the leading axes: twice as fast backwards on CPU."""
-    rows = x.reshape(-1, x.shape[-1]) @ kernel
+    rows = checkpoint_name(x.reshape(-1, x.shape[-1]) @ kernel, "product")
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -137,40 +133,31 @@ def attention(
 
 
 def _whole_attention(q, k, v, mask, bias, rate, key):
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("...TNH,...SNH->...NTS", q, k, preferred_element_type=jnp.float32)
     scores = scores if bias is None else scores + bias
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
     if rate > 0 and key is not None:
         weights = drop(weights, rate, key)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(v.dtype), v)
+    return jnp.einsum("...NTS,...SNH->...TNH", weights.astype(v.dtype), v)
 
 
 def _blocked_attention(q, k, v, mask, bias, rate, key):
-    """One head of one example at a time, forgotten and computed again backwards.
+    """One example at a time, forgotten and computed again backwards.
 
-    On a CPU a quarter of a megabyte of scores stays in cache and the products are plain matrix
-    products, which together is worth a factor of two to three over the whole batch at once.
+    On a CPU the scores of one example stay in cache, which is worth a factor of two to three over
+    the whole batch at once.
     """
-    batch, length, heads, _ = q.shape
+    batch = q.shape[0]
     mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
-    if bias is not None:
-        bias = jnp.broadcast_to(bias, (batch, *bias.shape[1:])) if bias.shape[0] > 1 else bias
+    shared, own = (bias[0], None) if bias is not None and bias.shape[0] == 1 else (None, bias)
 
-    def block(operands):
-        index, q, k, v = operands
-        row, head = index // heads, index % heads
-        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
-        if bias is not None:
-            scores = scores + bias[row % bias.shape[0], head]
-        visible = mask[row, head % mask.shape[1]]
-        weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min))
-        if rate > 0 and key is not None:
-            weights = drop(weights, rate, jax.random.fold_in(key, index))
-        return weights.astype(v.dtype) @ v
+    def example(operands):
+        index, q, k, v, mask, own = operands
+        bias = shared if own is None else own
+        folded = None if key is None else jax.random.fold_in(key, index)
+        return _whole_attention(q, k, v, mask, bias, rate, folded)
 
-    flat = [x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], -1) for x in (q, k, v)]
-    context = jax.lax.map(jax.checkpoint(block), (jnp.arange(batch * heads), *flat))
-    return context.reshape(batch, heads, length, -1).swapaxes(1, 2)
+    return jax.lax.map(jax.checkpoint(example), (jnp.arange(batch), q, k, v, mask, own))
 
 
 class RMSNorm(nn.Module):

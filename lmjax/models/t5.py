@@ -131,6 +131,17 @@ class KeyValue(NamedTuple):
         """[B, N, S, H] and back: a decoding state has heads first, to be read without a copy."""
         return KeyValue(self.keys.swapaxes(1, 2), self.values.swapaxes(1, 2))
 
+    def settled(self) -> "KeyValue":
+        """The same, with positions and head widths last in memory, whatever the compiler prefers.
+
+        Only so are keys and values rearranged once, and not in every step of a decoding loop.
+        """
+
+        def settle(x):
+            return jax.lax.optimization_barrier(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+        return KeyValue(settle(self.keys), settle(self.values))
+
 
 class LayerState(NamedTuple):
     """Keys and values of one layer, with heads before positions: [rows, N, S, H]."""
@@ -466,7 +477,7 @@ def start_decoding(
     layers = tuple(
         LayerState(
             KeyValue(room, room),
-            layer.apply({"params": own}, encoded, method=DecoderLayer.remember).swapped(),
+            layer.apply({"params": own}, encoded, method=DecoderLayer.remember).swapped().settled(),
         )
         for own in unstacked(params["decoder"]["layers"], c.decoder_layers)
     )

@@ -20,8 +20,8 @@ class ExecutionOptions:
     matrix products and of attention (matmuls: much less memory, about as fast), or everything
     (full: least memory, a third slower)."""
     attention: Literal["auto", "whole", "blocked"] = "auto"
-    """Attention over the whole batch at once, or one head of one example at a time, which is two
-    to three times as fast on one CPU device; auto picks blocked there and whole elsewhere."""
+    """Attention over the whole batch at once, or one example at a time (blocked), which is two to
+    three times as fast on one CPU device; auto picks blocked there and whole elsewhere."""
 
     def resolve(self) -> Execution:
         """The choice for this machine's devices."""
