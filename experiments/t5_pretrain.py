@@ -33,12 +33,13 @@ from lmjax.loading import TOKENIZER, Description, describe
 from lmjax.models import t5
 from lmjax.models.t5 import T5, T5Config
 from lmjax.objectives.denoising import Denoising, IidDenoising, PrefixLM, SpanCorruption
-from lmjax.sharding.mesh import DATA_PARALLEL, check_batch_size, make_mesh
+from lmjax.sharding.strategies import MeshOptions, StrategyName
 from lmjax.tasks.seq2seq import Seq2Seq
 from lmjax.training.execution import ExecutionOptions
 from lmjax.training.fit import FitOptions, Fitted, fit
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.schedules import Constant, Cosine, InverseSquareRoot, Linear
+from lmjax.training.step import arrange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,11 @@ class T5Pretrain:
     """Held-out batches per evaluation."""
     workers: int = 0
     """Processes that prepare batches; 0 is one thread, enough unless steps are very short."""
+    strategy: StrategyName = "auto"
+    """How model and batch are divided over the devices: pmap and dp (the whole model on each), fsdp
+    (parameters divided), tp (products divided), fsdp_tp (both), or what the model's size asks for
+    (auto). It may change when a run is resumed, as may --mesh."""
+    mesh: MeshOptions = MeshOptions()
     execution: ExecutionOptions = ExecutionOptions()
     fit: FitOptions = FitOptions()
 
@@ -151,13 +157,19 @@ def main() -> None:
 
 def pretrain(settings: T5Pretrain, console: Console) -> Fitted:
     """Trains, or goes on training, and fills in held-out texts at the end."""
-    check_batch_size(
-        settings.batch, make_mesh(DATA_PARALLEL), DATA_PARALLEL, settings.fit.microbatches
-    )
     start = None
     if settings.init is not None:
         start = describe(settings.init)
         settings = dataclasses.replace(settings, model=model_of(start, settings))
+    task = task_of(settings)
+    layout = arrange(
+        task,
+        settings.optimizer,
+        settings.batch,
+        microbatches=settings.fit.microbatches,
+        strategy=settings.strategy,
+        options=settings.mesh,
+    )
     text = read_text(
         settings.data,
         settings.objective,
@@ -169,9 +181,8 @@ def pretrain(settings: T5Pretrain, console: Console) -> Fitted:
         rows=settings.model.vocab,
     )
     console.print(escape(text.summary), soft_wrap=True)
-    model = T5(settings.model, settings.execution.resolve())
     fitted = fit(
-        Seq2Seq(model, settings.z_loss, settings.label_smoothing),
+        task,
         settings.optimizer,
         text.batches,
         steps=settings.steps,
@@ -180,13 +191,19 @@ def pretrain(settings: T5Pretrain, console: Console) -> Fitted:
         experiment="t5_pretrain",
         identity=identity(settings, text),
         runtime=settings.fit,
+        layout=layout,
         evaluation=text.evaluation,
         init=None if start is None else start.load_params,
         files={TOKENIZER: text.tokenizer.model},
     )
     if not fitted.interrupted:
-        show_fill_ins(model, fitted.state.evaluated, text, settings.objective, console)
+        show_fill_ins(task.model, fitted.state.evaluated, text, settings.objective, console)
     return fitted
+
+
+def task_of(settings: T5Pretrain) -> Seq2Seq:
+    model = T5(settings.model, settings.execution.resolve())
+    return Seq2Seq(model, settings.z_loss, settings.label_smoothing)
 
 
 def model_of(start: Description, settings: T5Pretrain) -> T5Config:

@@ -29,3 +29,9 @@ _PEAKS = {
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bfloat16 FLOP/s of `device`, or None where no figure is known (as for CPUs)."""
     return next((p for kind, p in _PEAKS.items() if device.device_kind.startswith(kind)), None)
+
+
+def device_memory(device: jax.Device) -> float | None:
+    """Bytes that programs can use of a device's own memory; None for a CPU, which shares it."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit") if device.platform != "cpu" else None

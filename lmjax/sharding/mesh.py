@@ -1,9 +1,4 @@
-"""Which device holds which part of an array.
-
-Arrays name their axes (`embed`, `heads`, `batch`, ...); a strategy says along which axes of the
-mesh each of them is divided. Parameters and activations use separate names, so that one table
-serves both.
-"""
+"""A strategy laid out on devices: which of them holds which part of an array."""
 
 import contextlib
 import dataclasses
@@ -14,71 +9,149 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-Axes = tuple[str | None, ...]
+from lmjax.sharding.partition import Axes, Rules, fallbacks, partition
+from lmjax.sharding.strategies import (
+    LARGE,
+    MESH_AXES,
+    PMAP,
+    SMALL,
+    MeshOptions,
+    Strategy,
+    layer_size,
+    mesh_shape,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Strategy:
-    """Mesh axes, and for each logical axis the mesh axes that divide it, outermost first.
+class Layout:
+    """A strategy on a mesh."""
 
-    A logical axis without a rule is not divided.
-    """
+    strategy: Strategy
+    mesh: Mesh
+    rules: Rules
+    """The strategy's, with those that the mesh options add."""
+    reason: str
+    """Why it is this strategy."""
 
-    name: str
-    mesh_axes: tuple[str, ...]
-    rules: tuple[tuple[str, tuple[str, ...]], ...]
+    @property
+    def batch_parts(self) -> int:
+        """Into how many parts the rows of a batch are divided."""
+        return math.prod(self.mesh.shape[m] for axis, m in self.rules if axis == "batch")
 
-    def spec(self, axes: Axes) -> PartitionSpec:
-        """How an array with these logical axes is divided.
+    @property
+    def batch(self) -> NamedSharding:
+        """How every array of a batch is divided: by rows."""
+        return self.sharding([tuple(m for axis, m in self.rules if axis == "batch")])
+
+    def sharding(self, parts: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:
+        """That of an array with these axes of the mesh along its own."""
+        return NamedSharding(self.mesh, PartitionSpec(*parts))
+
+    def parameter(self, axes: Axes, shape: Sequence[int]) -> tuple[tuple[str, ...] | None, ...]:
+        """The axes of the mesh that divide each axis of a parameter."""
+        if layer_size(axes, shape) < SMALL:
+            return (None,) * len(axes)
+        return tuple(partition(axes, shape, self.rules, self.mesh.shape))
+
+    def parameters(self, params: Any, axes: Any) -> Any:
+        """The same for a whole tree of them: shapes and axes -> tuples."""
+        return jax.tree.map(lambda x, own: self.parameter(tuple(own), x.shape), params, axes)
+
+    def summary(self, params: Any, axes: Any) -> str:
+        """The mesh, and every parameter that could not be divided as the strategy would have it.
 
         Raises:
-            ValueError: two axes of the array would be divided along one axis of the mesh.
+            ValueError: a parameter of more than `LARGE` numbers a layer cannot be divided at all.
         """
-        rules = dict(self.rules)
-        parts = [rules.get(axis, ()) for axis in axes]
-        used = [mesh_axis for part in parts for mesh_axis in part]
-        if len(set(used)) < len(used):
-            raise ValueError(
-                f"strategy {self.name!r} divides two axes of an array with axes {axes} along one"
-                f" axis of the mesh ({parts}): give them different rules"
+        shape = " x ".join(f"{name} {self.mesh.shape[name]}" for name in MESH_AXES)
+        lines = [
+            f"Strategy {self.strategy.name}, {self.reason}. {self.strategy.about}.",
+            f"  mesh: {shape}",
+        ]
+        jax.tree.map_with_path(
+            lambda path, x, own: lines.extend(self._missed(path, tuple(own), x.shape)), params, axes
+        )
+        return "\n".join(lines)
+
+    def _missed(self, path: tuple, axes: Axes, shape: Sequence[int]) -> list[str]:
+        if layer_size(axes, shape) < SMALL:
+            return []
+        whole = not any(self.parameter(axes, shape))
+        lines = []
+        for missed in fallbacks(axes, shape, self.rules, self.mesh.shape):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            text = (
+                f"{name} {tuple(shape)}: its axis {missed.axis} ({missed.length}) does not divide"
+                f" by mesh.{missed.mesh_axis} ({missed.devices})"
             )
-        return PartitionSpec(*(part or None for part in parts))
+            if whole and layer_size(axes, shape) >= LARGE:
+                raise ValueError(
+                    f"{text}, and no other does, which leaves {4 * math.prod(shape) / 1e9:.1f} GB"
+                    f" on every device: choose mesh.{missed.mesh_axis}"
+                    f" {math.gcd(missed.length, missed.devices)}"
+                )
+            lines.append(f"  {text}; {missed.instead or 'nothing'} is divided in its place")
+        return lines
 
 
-DATA_PARALLEL = Strategy("dp", ("data",), (("batch", ("data",)),))
-
-
-def make_mesh(
+def lay_out(
     strategy: Strategy,
-    shape: tuple[int, ...] | None = None,
-    devices: Sequence[jax.Device] | None = None,
-) -> Mesh:
-    """A mesh over `devices` (all, by default); without a `shape` its first axis has them all."""
-    devices = jax.devices() if devices is None else devices
-    shape = shape or (len(devices),) + (1,) * (len(strategy.mesh_axes) - 1)
-    # Logical rules leave the propagation of shardings to the compiler: Auto, not the new default.
-    types = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, strategy.mesh_axes, axis_types=types, devices=devices)
+    options: MeshOptions,
+    params: Any,
+    axes: Any,
+    devices: Sequence[jax.Device],
+    reason: str = "as asked",
+) -> Layout:
+    """The layout on `devices` of a model with these parameters' shapes and axes.
+
+    Raises:
+        ValueError: see `strategies.mesh_shape`.
+    """
+    shape = mesh_shape(strategy, options, len(devices), params, axes)
+    grid = device_grid(tuple(shape[name] for name in MESH_AXES), options.slices, devices)
+    # Rules leave the propagation of shardings to the compiler: Auto, not the new default.
+    mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    # The rules of the strategy come first: heads and hidden units take the axis `model` before
+    # length does.
+    return Layout(strategy, mesh, (*strategy.rules, *options.rules()), reason)
+
+
+def device_grid(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices as an array of this shape, neighbours in it close to each other in the network.
+
+    The first axis goes through the slices one after the other.
+    """
+
+    def key(device):
+        return getattr(device, "slice_index", 0) or 0, device.process_index, device.id
+
+    ordered = sorted(devices, key=key)
+    size = len(ordered) // slices
+    own = (shape[0] // slices, *shape[1:])
+    grids = []
+    for i in range(slices):
+        part = ordered[i * size : (i + 1) * size]
+        if len({key(device)[0] for device in part}) > 1:
+            count = len({key(device)[0] for device in ordered})
+            raise ValueError(f"the devices form {count} slices, but mesh.slices is {slices}")
+        grids.append(mesh_utils.create_device_mesh(own, part, allow_split_physical_axes=True))
+    return np.concatenate(grids)
 
 
 @contextlib.contextmanager
-def activate(mesh: Mesh, strategy: Strategy):
-    """Gives models' constraints on named activation axes their meaning while they are traced."""
-    rules = [(logical, mesh_axes or None) for logical, mesh_axes in strategy.rules]
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+def activate(layout: Layout):
+    """Gives models' constraints on named activation axes their meaning while they are traced.
+
+    Under pmap they have none: each device runs the model by itself.
+    """
+    if layout.strategy is PMAP:
         yield
-
-
-def shardings(mesh: Mesh, strategy: Strategy, tree: Any, axes: Any) -> Any:
-    """A sharding for each array of `tree`; `axes` has a tuple of names in each array's place."""
-    return jax.tree.map(lambda _, names: NamedSharding(mesh, strategy.spec(names)), tree, axes)
-
-
-def batch_sharding(mesh: Mesh, strategy: Strategy) -> NamedSharding:
-    """How every array of a batch is divided: by rows."""
-    return NamedSharding(mesh, strategy.spec(("batch",)))
+        return
+    with jax.set_mesh(layout.mesh), nn.logical_axis_rules(layout.rules):
+        yield
 
 
 def put_batch(rows: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
@@ -89,11 +162,8 @@ def put_batch(rows: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[s
     }
 
 
-def check_batch_size(
-    batch_size: int, mesh: Mesh, strategy: Strategy, microbatches: int = 1
-) -> None:
-    """Raises ValueError unless each micro-batch gives each device equally many rows."""
-    parts = math.prod(mesh.shape[axis] for axis in dict(strategy.rules).get("batch", ()))
+def check_batch_size(batch_size: int, parts: int, microbatches: int = 1) -> None:
+    """Raises ValueError unless each micro-batch gives each of `parts` devices equally many rows."""
     unit = parts * microbatches
     if batch_size % unit or batch_size < 1:
         below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit

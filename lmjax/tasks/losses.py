@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lmjax.models.layers import parallel_devices
+
 
 class _Settings(NamedTuple):
     z_loss: float
@@ -85,16 +87,10 @@ def cross_entropy(
     chunk_bytes = 4 * rows * width if chunk_bytes is None else chunk_bytes
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, expected a positive number of bytes")
-    chunks = min(length, math.ceil(4 * batch * length * rows / (chunk_bytes * _devices())))
+    chunks = min(length, math.ceil(4 * batch * length * rows / (chunk_bytes * parallel_devices())))
     settings = _Settings(z_loss, label_smoothing, valid_rows, chunks)
     sums = _cross_entropy(features, matrix, targets, weights.astype(jnp.float32), settings)
     return sums.pop("loss"), jax.lax.stop_gradient(sums)
-
-
-def _devices() -> int:
-    """Over how many devices the compiler splits an array: those of the mesh set, if one is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis not in mesh.manual_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -12,30 +12,18 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, PRNGKeyArray
 
 from lmjax.data.batches import Batches
 from lmjax.sharding.hardware import peak_flops
-from lmjax.sharding.mesh import (
-    DATA_PARALLEL,
-    Strategy,
-    activate,
-    batch_sharding,
-    check_batch_size,
-    make_mesh,
-    put_batch,
-    shardings,
-)
+from lmjax.sharding.mesh import Layout, activate, check_batch_size, put_batch
+from lmjax.sharding.strategies import PMAP
 from lmjax.tasks.task import Batch, Params, Scalars, Task
 from lmjax.training.checkpoints import (
     CheckpointError,
@@ -46,7 +34,7 @@ from lmjax.training.checkpoints import (
     leaf_name,
     lock_workdir,
 )
-from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
+from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import (
     Reporter,
     compilation_summary,
@@ -55,14 +43,8 @@ from lmjax.training.reporting import (
     parameter_summary,
     size,
 )
-from lmjax.training.schedules import Schedule
-from lmjax.training.state import (
-    Averaging,
-    TrainState,
-    abstract_parameters,
-    init_state,
-    state_axes,
-)
+from lmjax.training.state import Averaging, TrainState, abstract_parameters
+from lmjax.training.step import Outcome, arrange, compile_step, prepare, shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +106,7 @@ def fit(
     evaluation: Sequence[Mapping[str, np.ndarray]] = (),
     averaging: Averaging | None = None,
     init: Callable[[], Params] | None = None,
-    strategy: Strategy = DATA_PARALLEL,
+    layout: Layout | None = None,
     files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Fitted:
     """Trains until `steps` steps are done, from the last checkpoint in `workdir` if it has one.
@@ -140,6 +122,8 @@ def fit(
         evaluation: held-out batches, each this host's rows; metrics are exact over all of them.
         averaging: keep a moving average of the parameters, and evaluate that.
         init: gives the parameters to start from; called only where there is no checkpoint.
+        layout: how the model and its batch are divided over the devices, by default as
+            `step.arrange` would have it. It may change when the run is resumed.
         files: what else it takes to use the checkpoints, such as a tokenizer: name -> content,
             written beside config.json.
 
@@ -151,29 +135,41 @@ def fit(
         NonFinite: see `FitOptions.nonfinite`.
         OutOfMemory: a device has too little of it.
     """
-    mesh = make_mesh(strategy)
-    check_batch_size(data.batch_size, mesh, strategy, runtime.microbatches)
+    if layout is None:
+        layout = arrange(task, optimizer, data.batch_size, microbatches=runtime.microbatches)
+    check_batch_size(data.batch_size, layout.batch_parts, runtime.microbatches)
     for batch in evaluation:
         rows = len(next(iter(batch.values()))) * jax.process_count()
-        check_batch_size(rows, mesh, strategy)
-    settings = {"steps": steps, "strategy": strategy.name, "fit": runtime}
+        check_batch_size(rows, layout.batch_parts)
+    how = {"strategy": layout.strategy.name, "mesh": dict(layout.mesh.shape)}
+    settings = {"steps": steps, **how, "fit": runtime}
     identity = {**identity, "averaging": averaging}
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors_said_plainly(data.batch_size, runtime.microbatches))
         stack.enter_context(lock_workdir(workdir))
         claim_workdir(workdir, experiment, identity, settings, files)
-        stack.enter_context(activate(mesh, strategy))
+        stack.enter_context(activate(layout))
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(Checkpoints(workdir, runtime.keep))
 
-        transformation, build, target = plan(task, optimizer, averaging, seed, mesh, strategy)
+        prepared = prepare(
+            task,
+            optimizer,
+            layout,
+            seed=seed,
+            microbatches=runtime.microbatches,
+            averaging=averaging,
+        )
+        target = prepared.target
         latest = checkpoints.latest_step
         first = latest or 0
         if first >= steps:
             _print(f"{workdir} is at step {first} already: nothing is left to do up to {steps}")
             return Fitted(checkpoints.restore(target, first), interrupted=False)
         _print(parameter_summary(target.params))
+        if layout.mesh.size > 1:
+            _print(layout.summary(*abstract_parameters(task)))
         _print(memory_summary(target))
 
         # The large arrays come last: whatever can be wrong is found before.
@@ -183,30 +179,22 @@ def fit(
             info = {"position": None, "skipped": 0}
         else:
             info = checkpoints.inspect(target, latest)
-        feed = stack.enter_context(Feed(data, info["position"], batch_sharding(mesh, strategy)))
+        feed = stack.enter_context(Feed(data, info["position"], layout))
         batch = feed.next()
-        step = functools.partial(
-            train_step,
-            task=task,
-            optimizer=transformation,
-            schedule=optimizer.schedule,
-            microbatches=runtime.microbatches,
-            averaging=averaging,
-        )
-        compiled, seconds = compile_step(step, target, batch)
+        compiled, seconds = compile_step(prepared, batch, layout)
         _print(compilation_summary(compiled, seconds))
         if latest is None:
-            state = jax.jit(build, out_shardings=_shardings(target))(given)
+            state = jax.jit(prepared.build, out_shardings=shardings(target))(given)
             del given  # the state has copies
         else:
             state = checkpoints.restore(target, latest)
 
-        flops = task.flops({name: array.shape for name, array in batch.items()})
-        peak = peak_flops(mesh.devices.flat[0])
-        reporter = Reporter(workdir, first, steps, flops, peak and peak * mesh.size)
+        flops = task.flops(feed.shapes)
+        peak = peak_flops(layout.mesh.devices.flat[0])
+        reporter = Reporter(workdir, first, steps, flops, peak and peak * layout.mesh.size)
         stack.enter_context(reporter)
         reporter.say(f"  {first} of {steps} steps are done")
-        evaluator = Evaluator(task, evaluation, feed.sharding) if evaluation else None
+        evaluator = Evaluator(task, evaluation, layout.batch) if evaluation else None
         guard = Guard(runtime, checkpoints, target.params, info["skipped"])
         loop = Loop(compiled, feed, evaluator, checkpoints, reporter, guard, runtime)
         state = loop.run(state, batch, first, steps, interruption)
@@ -221,118 +209,7 @@ def _print(text: str) -> None:
         print(text, flush=True)
 
 
-# --- the step: pure functions
-
-
-class Outcome(NamedTuple):
-    """What the host learns of a step: metrics, and the squared norm of each gradient."""
-
-    metrics: Scalars
-    squares: Float[Array, " parameters"]
-
-
-def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    task: Task,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    microbatches: int,
-    averaging: Averaging | None,
-) -> tuple[TrainState, Outcome]:
-    """One step of training.
-
-    If the loss or a gradient is not finite, the state stays as it was but for the step counter.
-    The optimizer does not count such a step, so its learning rate, which is the one in the metrics,
-    then lags behind the step counter.
-    """
-    key = jax.random.fold_in(state.rng, state.step)
-    loss, metrics, extra, gradients = accumulate(task, state, batch, key, microbatches)
-    squares = jnp.stack(
-        [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)]
-    )
-    finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
-
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    step = state.step + 1
-    ema = None if averaging is None else averaging.update(state.ema, params, step)
-    updates_done = state.opt_state[0]  # the states of all optimizers begin with it
-    new = TrainState(step, params, extra, opt_state, ema, state.rng)
-    old = state._replace(step=step)
-    metrics = {
-        **metrics,
-        "loss": loss,
-        "grad_norm": jnp.sqrt(squares.sum()),
-        "learning_rate": schedule(updates_done),
-    }
-    state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
-    return state, Outcome(metrics, squares)
-
-
-def accumulate(
-    task: Task, state: TrainState, batch: Batch, key: PRNGKeyArray, microbatches: int
-) -> tuple[Float[Array, ""], Scalars, Any, Params]:
-    """(loss, metrics, extra, gradients) of a batch, computed in `microbatches` pieces.
-
-    All are divided by the normalizers of the whole batch, so those of the pieces simply add up.
-    `extra` is passed on from piece to piece.
-    """
-    normalizers = task.normalizers(batch)
-
-    def loss(params, extra, piece, key):
-        return task.loss(params, extra, piece, normalizers, {"dropout": key}, state.step)
-
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    if microbatches == 1:
-        (value, (metrics, extra)), gradients = gradient(state.params, state.extra, batch, key)
-        return value, metrics, extra, gradients
-
-    def add(carry, inputs):
-        extra, total = carry
-        (value, (metrics, extra)), gradients = gradient(state.params, extra, *inputs)
-        total = jax.tree.map(jnp.add, total, gradients)
-        return (extra, total), (value, metrics)
-
-    inputs = split(batch, microbatches), jax.random.split(key, microbatches)
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    (extra, gradients), sums = jax.lax.scan(add, (state.extra, zeros), inputs)
-    value, metrics = jax.tree.map(lambda x: x.sum(0), sums)
-    return value, metrics, extra, gradients
-
-
-def split(batch: Batch, pieces: int) -> Batch:
-    """[B, ...] -> [pieces, B / pieces, ...], each device keeping the rows it has."""
-
-    def pile(x):
-        x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
-        return nn.with_logical_constraint(x, (None, "batch", *(None,) * (x.ndim - 2)))
-
-    return jax.tree.map(pile, batch)
-
-
 # --- before the first step
-
-
-def plan(
-    task: Task,
-    optimizer: Adafactor | AdamW,
-    averaging: Averaging | None,
-    seed: int,
-    mesh: jax.sharding.Mesh,
-    strategy: Strategy,
-) -> tuple[Optimizer, Callable[[Params | None], TrainState], TrainState]:
-    """(optimizer, a function that builds the first state, that state's shapes and shardings)."""
-    params, axes = abstract_parameters(task)
-    transformation = optimizer.transformation(axes, task.labels(params))
-    build = functools.partial(init_state, task, transformation, averaging is not None, seed)
-    shapes = jax.eval_shape(build)
-    where = shardings(mesh, strategy, shapes, state_axes(shapes, axes, transformation))
-    target = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
-    )
-    return transformation, build, target
 
 
 def given_parameters(init: Callable[[], Params], target: TrainState) -> Params:
@@ -341,19 +218,6 @@ def given_parameters(init: Callable[[], Params], target: TrainState) -> Params:
     if text := differences(params, target.params):
         raise ValueError(f"the parameters to start from are of another model: {text}")
     return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target.params)
-
-
-def compile_step(
-    step: Callable, target: TrainState, batch: Batch
-) -> tuple[jax.stages.Compiled, float]:
-    """The step compiled for these shapes, which reuses the old state's memory; seconds it took."""
-    began = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(_shardings(target), None))
-    return jitted.lower(target, batch).compile(), time.perf_counter() - began
-
-
-def _shardings(target: Any) -> Any:
-    return jax.tree.map(lambda x: x.sharding, target)
 
 
 @contextlib.contextmanager
@@ -386,9 +250,9 @@ def _asked_for(message: str) -> str:
 class Feed:
     """Batches on their way to the devices, and the position in the data after the last of them."""
 
-    def __init__(self, data: Batches, position: dict | None, sharding: jax.sharding.Sharding):
-        self.sharding, self.position, self.tokens = sharding, position, 0
-        self._stream = data.start(position)
+    def __init__(self, data: Batches, position: dict | None, layout: Layout):
+        self.position, self.tokens, self.shapes = position, 0, {}
+        self._layout, self._stream = layout, data.start(position)
 
     def __enter__(self) -> "Feed":
         return self
@@ -404,9 +268,16 @@ class Feed:
             raise ValueError(
                 "the training data ended before the last step: give it more data or fewer steps"
             ) from None
-        batch = put_batch(rows, self.sharding)
+        batch = put_batch(rows, self._layout.batch)
+        self.shapes = {name: array.shape for name, array in batch.items()}
+        if self._layout.strategy is PMAP:
+            batch = jax.tree.map(self._replicas, batch)
         self.position, self.tokens = position, count_tokens(rows) * jax.process_count()
         return batch
+
+    def _replicas(self, x: jax.Array) -> jax.Array:
+        """[B, ...] -> [devices, B / devices, ...], each device keeping its rows."""
+        return x.reshape(self._layout.mesh.size, -1, *x.shape[1:])
 
 
 class Evaluator:

@@ -29,8 +29,9 @@ class Optimizer(NamedTuple):
     """params -> state"""
     update: Callable[[Any, Any, Any], tuple[Any, Any]]
     """(grads, state, params) -> (updates to add to the parameters, state)"""
-    state_axes: Callable[[Any], Any]
-    """params or their shapes -> a tree like the state, with a tuple of axis names per array"""
+    state_axes: Callable[[Any, Any], Any]
+    """(params or their shapes, a tuple per parameter with one entry per axis) -> a tree like the
+    state, with the entries that belong to the axes of its arrays"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +83,8 @@ class Adafactor:
             updates = jax.tree.map(scaled, grads, moments, params, axes)
             return updates, AdafactorState(state.step + 1, moments)
 
-        def state_axes(params):
-            return AdafactorState((), jax.tree.map(self._moment_axes, params, axes))
+        def state_axes(params, entries):
+            return AdafactorState((), jax.tree.map(self._moment_axes, params, axes, entries))
 
         return _completed(Optimizer(init, update, state_axes), axes, labels, self.gradient_clip)
 
@@ -105,11 +106,11 @@ class Adafactor:
             )
         return jnp.zeros(param.shape, jnp.float32)
 
-    def _moment_axes(self, param, axes):
+    def _moment_axes(self, param, axes, entries):
         if factored := self._factored_axes(param.shape, axes):
             row, column = factored
-            return Factored(_without(axes, column), _without(axes, row))
-        return tuple(axes)
+            return Factored(_without(entries, column), _without(entries, row))
+        return tuple(entries)
 
     def _next_moment(self, mixing, grad, moment, axes):
         """Moves the means by the fraction `mixing`, 1 - beta2, towards the squared gradient."""
@@ -191,9 +192,9 @@ class AdamW:
 
             return jax.tree.map(scaled, directions, params, kept_labels), state
 
-        def state_axes(params):
+        def state_axes(params, entries):
             del params
-            return optax.ScaleByAdamState(count=(), mu=axes, nu=axes)
+            return optax.ScaleByAdamState(count=(), mu=entries, nu=entries)
 
         optimizer = Optimizer(adam.init, update, state_axes)
         return _completed(optimizer, axes, labels, self.gradient_clip)
@@ -229,8 +230,8 @@ def _completed(optimizer: Optimizer, axes, labels, gradient_clip: float | None) 
 
         return jax.tree.map(filled, params, updates), state
 
-    def state_axes(params):
-        return optimizer.state_axes(_trained(labels, params))
+    def state_axes(params, entries):
+        return optimizer.state_axes(_trained(labels, params), _trained(labels, entries))
 
     return Optimizer(init, update, state_axes)
 

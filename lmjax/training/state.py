@@ -70,13 +70,13 @@ def init_state(
     return TrainState(jnp.int32(0), params, extra, optimizer.init(params), ema, rng)
 
 
-def state_axes(state: TrainState, params_axes: Any, optimizer: Optimizer) -> TrainState:
-    """Logical axes for each array of an abstract state."""
+def state_axes(state: TrainState, entries: Any, optimizer: Optimizer) -> TrainState:
+    """From one entry per axis of each parameter, those of each array of an abstract state."""
     return TrainState(
         step=(),
-        params=params_axes,
+        params=entries,
         extra=jax.tree.map(lambda x: (None,) * len(x.shape), state.extra),
-        opt_state=optimizer.state_axes(state.params),
-        ema=None if state.ema is None else params_axes,
+        opt_state=optimizer.state_axes(state.params, entries),
+        ema=None if state.ema is None else entries,
         rng=(),
     )

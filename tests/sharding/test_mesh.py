@@ -1,6 +1,5 @@
 from types import SimpleNamespace
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,44 +7,16 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lmjax.sharding.hardware import peak_flops
-from lmjax.sharding.mesh import (
-    DATA_PARALLEL,
-    Strategy,
-    activate,
-    batch_sharding,
-    check_batch_size,
-    make_mesh,
-    put_batch,
-    shardings,
-)
+from lmjax.sharding.mesh import check_batch_size, device_grid, lay_out, put_batch
+from lmjax.sharding.strategies import DP, MeshOptions
 
-TENSOR = Strategy("tp", ("data", "model"), (("batch", ("data",)), ("mlp", ("model",))))
-
-
-def test_axes_follow_the_rules_and_the_rest_is_whole():
-    assert TENSOR.spec(("embed", "mlp")) == PartitionSpec(None, ("model",))
-    assert DATA_PARALLEL.spec(("embed", "mlp")) == PartitionSpec(None, None)
-    assert TENSOR.spec(()) == PartitionSpec()
-
-
-def test_two_axes_of_an_array_on_one_axis_of_the_mesh_are_refused():
-    clash = Strategy("clash", ("model",), (("mlp", ("model",)), ("heads", ("model",))))
-    with pytest.raises(ValueError, match="'clash' divides two axes .*'mlp', 'heads'"):
-        clash.spec(("mlp", "heads"))
-
-
-def test_a_tree_gets_a_sharding_for_each_array():
-    mesh = make_mesh(TENSOR)
-    tree = {"kernel": np.zeros((2, 4)), "state": (np.zeros(4), ())}
-    found = shardings(mesh, TENSOR, tree, {"kernel": ("embed", "mlp"), "state": (("mlp",), ())})
-    assert found["state"][0].spec == PartitionSpec(("model",))
-    assert jax.tree.structure(found) == jax.tree.structure(tree)
+PARAMS, AXES = {"kernel": jnp.zeros((4, 8))}, {"kernel": ("embed", "mlp")}
 
 
 def test_rows_reach_the_devices():
-    mesh = make_mesh(DATA_PARALLEL)
+    layout = lay_out(DP, MeshOptions(), PARAMS, AXES, jax.devices())
     rows = {"inputs": np.arange(6, dtype=np.int32).reshape(2, 3), "weights": np.ones(2)}
-    batch = put_batch(rows, batch_sharding(mesh, DATA_PARALLEL))
+    batch = put_batch(rows, layout.batch)
     np.testing.assert_array_equal(batch["inputs"], rows["inputs"])
     assert batch["inputs"].sharding.spec == PartitionSpec(("data",))
 
@@ -54,21 +25,28 @@ def test_rows_reach_the_devices():
     ("rows", "microbatches", "nearest"), [(12, 1, "8 or 16"), (3, 1, "are 8"), (40, 2, "32 or 48")]
 )
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do(rows, microbatches, nearest):
-    eight = SimpleNamespace(shape={"data": 8})
     with pytest.raises(ValueError, match=nearest):
-        check_batch_size(rows, eight, DATA_PARALLEL, microbatches)
-    check_batch_size(32, eight, DATA_PARALLEL, microbatches)
+        check_batch_size(rows, 8, microbatches)
+    check_batch_size(32, 8, microbatches)
 
 
-def test_constraints_reach_the_program():
-    def program(strategy):
-        mesh = make_mesh(strategy)
-        with activate(mesh, strategy):
-            constrained = jax.jit(lambda x: nn.with_logical_constraint(x, ("batch", "mlp")))
-            return constrained.lower(jnp.ones((4, 4))).as_text()
+def fake_devices(count, slices=1):
+    return [
+        SimpleNamespace(
+            id=i, process_index=i // 4, slice_index=i * slices // count, platform="gpu",
+            device_kind="x",
+        )
+        for i in range(count)
+    ]  # fmt: skip
 
-    assert '[{"data"}, {"model"}]' in program(TENSOR)
-    assert '[{"data"}, {}]' in program(DATA_PARALLEL)
+
+def test_slices_lie_one_after_the_other_along_the_first_axis():
+    devices = fake_devices(16, slices=2)
+    grid = device_grid((4, 2, 2), 2, devices[::-1])
+    assert {d.slice_index for d in grid[:2].flat} == {0}
+    assert {d.slice_index for d in grid[2:].flat} == {1}
+    with pytest.raises(ValueError, match="form 2 slices, but mesh.slices is 1"):
+        device_grid((4, 2, 2), 1, devices)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from lmjax.training.checkpoints import CheckpointError, Checkpoints, latest_step, restore_params
-from lmjax.training.fit import FitOptions, NonFinite, OutOfMemory, accumulate, train_step
+from lmjax.training.fit import FitOptions, NonFinite, OutOfMemory
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import METRICS, read_metrics
 from lmjax.training.schedules import Constant
 from lmjax.training.state import Averaging, init_state
+from lmjax.training.step import accumulate, train_step
 from tests.training import toy
 
 ROOT = Path(__file__).parents[2]

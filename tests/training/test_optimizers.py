@@ -199,7 +199,7 @@ def test_state_axes_fit_the_state(settings):
     optimizer = settings.transformation(AXES, labels)
     params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in SHAPES.items()}
     state = jax.eval_shape(optimizer.init, params)
-    axes = optimizer.state_axes(params)
+    axes = optimizer.state_axes(params, AXES)
     sizes = {name: dict(zip(AXES[name], SHAPES[name], strict=True)) for name in SHAPES}
 
     def check(path, array, axes):

@@ -1,0 +1,251 @@
+"""One step of training as a pure function, and its compilation for a layout of devices."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lmjax.models.layers import constrain
+from lmjax.sharding.hardware import device_memory
+from lmjax.sharding.mesh import Layout, check_batch_size, lay_out
+from lmjax.sharding.strategies import PMAP, STRATEGIES, MeshOptions, Need, StrategyName, choose
+from lmjax.tasks.task import Batch, Params, Scalars, Task
+from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
+from lmjax.training.schedules import Schedule
+from lmjax.training.state import (
+    Averaging,
+    TrainState,
+    abstract_parameters,
+    init_state,
+    state_axes,
+)
+
+REPLICAS = "replicas"  # the name that pmap gives its axis
+
+
+class Outcome(NamedTuple):
+    """What the host learns of a step: metrics, and the squared norm of each gradient."""
+
+    metrics: Scalars
+    squares: Float[Array, " parameters"]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    task: Task,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    microbatches: int,
+    averaging: Averaging | None,
+    replicas: str | None = None,
+) -> tuple[TrainState, Outcome]:
+    """One step of training; under pmap, of the rows that this replica has, `replicas` its axis.
+
+    If the loss or a gradient is not finite, the state stays as it was but for the step counter.
+    The optimizer does not count such a step, so its learning rate, which is the one in the metrics,
+    then lags behind the step counter.
+    """
+    key = jax.random.fold_in(state.rng, state.step)
+    total = _same
+    if replicas is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(replicas))
+        total = functools.partial(jax.lax.psum, axis_name=replicas)
+    loss, metrics, extra, gradients = accumulate(task, state, batch, key, microbatches, total)
+    squares = jnp.stack(
+        [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)]
+    )
+    finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
+
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    ema = None if averaging is None else averaging.update(state.ema, params, step)
+    updates_done = state.opt_state[0]  # the states of all optimizers begin with it
+    new = TrainState(step, params, extra, opt_state, ema, state.rng)
+    old = state._replace(step=step)
+    metrics = {
+        **metrics,
+        "loss": loss,
+        "grad_norm": jnp.sqrt(squares.sum()),
+        "learning_rate": schedule(updates_done),
+    }
+    state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+    return state, Outcome(metrics, squares)
+
+
+def _same(x):
+    return x
+
+
+def accumulate(
+    task: Task,
+    state: TrainState,
+    batch: Batch,
+    key: PRNGKeyArray,
+    microbatches: int,
+    total: Callable[[Any], Any] = _same,
+) -> tuple[Float[Array, ""], Scalars, Any, Params]:
+    """(loss, metrics, extra, gradients) of a batch, computed in `microbatches` pieces.
+
+    All are divided by the normalizers of the whole batch, so those of the pieces simply add up.
+    `extra` is passed on from piece to piece. `total` sums a tree over replicas that have other
+    rows.
+    """
+    normalizers = total(task.normalizers(batch))
+
+    def loss(params, extra, piece, key):
+        return task.loss(params, extra, piece, normalizers, {"dropout": key}, state.step)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if microbatches == 1:
+        (value, (metrics, extra)), gradients = gradient(state.params, state.extra, batch, key)
+        value, metrics, gradients = total((value, metrics, gradients))
+        return value, metrics, extra, gradients
+
+    def add(carry, inputs):
+        extra, total = carry
+        (value, (metrics, extra)), gradients = gradient(state.params, extra, *inputs)
+        total = jax.tree.map(jnp.add, total, gradients)
+        return (extra, total), (value, metrics)
+
+    inputs = split(batch, microbatches), jax.random.split(key, microbatches)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (extra, gradients), sums = jax.lax.scan(add, (state.extra, zeros), inputs)
+    value, metrics = jax.tree.map(lambda x: x.sum(0), sums)
+    value, metrics, gradients = total((value, metrics, gradients))
+    return value, metrics, extra, gradients
+
+
+def split(batch: Batch, pieces: int) -> Batch:
+    """[B, ...] -> [pieces, B / pieces, ...], each device keeping the rows it has."""
+
+    def pile(x):
+        x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(pile, batch)
+
+
+# --- before the first step
+
+
+def arrange(
+    task: Task,
+    optimizer: Adafactor | AdamW,
+    batch_size: int,
+    *,
+    microbatches: int = 1,
+    strategy: StrategyName = "auto",
+    options: MeshOptions = MeshOptions(),  # noqa: B008 (it is frozen)
+    devices: Sequence[jax.Device] | None = None,
+) -> Layout:
+    """How a task and its batch lie on `devices` (all, by default).
+
+    Raises:
+        ValueError: a mesh that these devices do not form, `options` that the strategy ignores, or
+            a batch that does not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    params, axes = abstract_parameters(task)
+    if strategy == "auto":
+        transformation = optimizer.transformation(axes, task.labels(params))
+        need = Need(
+            # Parameters, as many gradients, and what the optimizer keeps.
+            state=2 * _bytes(params) + _bytes(jax.eval_shape(transformation.init, params)),
+            memory=device_memory(devices[0]),
+            rows=batch_size,
+        )
+        chosen, reason = choose(need, len(devices), options.slices)
+    else:
+        chosen, reason = STRATEGIES[strategy], "as asked"
+    layout = lay_out(chosen, options, params, axes, devices, reason)
+    check_batch_size(batch_size, layout.batch_parts, microbatches)
+    return layout
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+class Prepared(NamedTuple):
+    """A step that waits for its shapes, and what it starts from."""
+
+    step: Callable[[TrainState, Batch], tuple[TrainState, Outcome]]
+    build: Callable[[Params | None], TrainState]
+    """Builds the first state, from parameters if they are given."""
+    target: TrainState
+    """That state's shapes and shardings."""
+
+
+def prepare(
+    task: Task,
+    optimizer: Adafactor | AdamW,
+    layout: Layout,
+    *,
+    seed: int = 0,
+    microbatches: int = 1,
+    averaging: Averaging | None = None,
+) -> Prepared:
+    """The step of this task and optimizer, and its state, as `layout` divides it."""
+    params, axes = abstract_parameters(task)
+    transformation = optimizer.transformation(axes, task.labels(params))
+    build = functools.partial(init_state, task, transformation, averaging is not None, seed)
+    shapes = jax.eval_shape(build)
+    entries = state_axes(shapes, layout.parameters(params, axes), transformation)
+    target = jax.tree.map(
+        lambda x, parts: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(parts)),
+        shapes,
+        entries,
+    )
+    step = functools.partial(
+        train_step,
+        task=task,
+        optimizer=transformation,
+        schedule=optimizer.schedule,
+        microbatches=microbatches,
+        averaging=averaging,
+        replicas=REPLICAS if layout.strategy is PMAP else None,
+    )
+    if layout.strategy is PMAP and jax.tree.leaves(shapes.extra):
+        raise ValueError(
+            "strategy pmap does not carry a task's extra arrays from step to step: choose dp, which"
+            " divides the same things"
+        )
+    return Prepared(step, build, target)
+
+
+def lower_step(prepared: Prepared, batch: Batch, layout: Layout) -> jax.stages.Lowered:
+    """The step for these shapes, which reuses the old state's memory; call it under `activate`."""
+    if layout.strategy is PMAP:
+        jitted = jax.pmap(
+            prepared.step,
+            axis_name=REPLICAS,
+            in_axes=(None, 0),
+            out_axes=None,
+            donate_argnums=0,
+            devices=None if jax.process_count() > 1 else list(layout.mesh.devices.flat),
+        )
+        return jitted.lower(prepared.target, batch)
+    jitted = jax.jit(
+        prepared.step, donate_argnums=0, out_shardings=(shardings(prepared.target), None)
+    )
+    return jitted.lower(prepared.target, batch)
+
+
+def compile_step(
+    prepared: Prepared, batch: Batch, layout: Layout
+) -> tuple[jax.stages.Compiled, float]:
+    """The compiled step and the seconds it took."""
+    began = time.perf_counter()
+    return lower_step(prepared, batch, layout).compile(), time.perf_counter() - began
+
+
+def shardings(target: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, target)

@@ -1,0 +1,124 @@
+"""Trains a small model on eight devices that this process pretends to have.
+
+python -m tests.sharding.on_devices NAME      prints JSON: for each layout its losses, and bytes
+"""
+
+import dataclasses
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+
+from lmjax.models.layers import Execution
+from lmjax.models.t5 import T5, T5Config
+from lmjax.sharding.mesh import activate, put_batch
+from lmjax.sharding.strategies import MeshOptions
+from lmjax.tasks.seq2seq import Seq2Seq
+from lmjax.training.optimizers import Adafactor, AdamW
+from lmjax.training.reporting import bytes_per_device
+from lmjax.training.schedules import Constant
+from lmjax.training.step import arrange, lower_step, prepare, shardings
+
+STEPS = 4
+ROWS = 16
+
+EVEN = T5Config(
+    vocab=1_024, layers=2, width=128, heads=8, head_width=16, feed_forward=512, dropout=0.0
+)
+# Nothing in it divides by two but the heads.
+ODD = T5Config(
+    vocab=1_003, layers=3, width=125, heads=6, head_width=17, feed_forward=511, dropout=0.0
+)
+
+
+def t5(config: T5Config, remat: str):
+    return Seq2Seq(T5(config, Execution("float32", remat)), z_loss=1e-4)
+
+
+def text_to_text(config: T5Config) -> dict[str, np.ndarray]:
+    """Rows of which some are short and some are packed, so that normalizers matter."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, length in (("inputs", 24), ("targets", 12)):
+        ends = rng.integers(length // 2, length + 1, (ROWS, 1))
+        cut = rng.integers(2, length // 2, (ROWS, 1))
+        place = np.arange(length)
+        arrays[name] = np.where(place < ends, rng.integers(2, config.vocab, (ROWS, length)), 0)
+        arrays[f"{name}_segment_ids"] = np.where(place < ends, 1 + (place >= cut), 0)
+        arrays[f"{name}_positions"] = np.where(place < cut, place, place - cut)
+    arrays = {name: array.astype(np.int32) for name, array in arrays.items()}
+    return {**arrays, "loss_weights": (arrays["targets"] > 0).astype(np.float32)}
+
+
+# Every model has a line here, and one with a shape that divides by nothing.
+MODELS = {
+    "t5": (t5(EVEN, "matmuls"), Adafactor(Constant(0.03)), text_to_text(EVEN)),
+    "t5-1.1": (
+        t5(dataclasses.replace(EVEN, gated=True, tied=False), "full"),
+        AdamW(Constant(3e-3)),
+        text_to_text(EVEN),
+    ),
+    "t5-odd": (t5(ODD, "none"), AdamW(Constant(3e-3)), text_to_text(ODD)),
+}
+LAYOUTS = {
+    "one device": ("dp", MeshOptions(), 1),
+    "pmap": ("pmap", MeshOptions(), 8),
+    "dp": ("dp", MeshOptions(), 8),
+    "fsdp": ("fsdp", MeshOptions(), 8),
+    "fsdp, replicated": ("fsdp", MeshOptions(fsdp=2, slices=2), 8),
+    "tp": ("tp", MeshOptions(), 8),
+    "tp 2": ("tp", MeshOptions(model=2), 8),
+    "fsdp_tp": ("fsdp_tp", MeshOptions(fsdp=2, model=2), 8),
+    "fsdp_tp, width": ("fsdp_tp", MeshOptions(fsdp=4, model=2, activations="width"), 8),
+    "fsdp_tp, length": ("fsdp_tp", MeshOptions(fsdp=2, model=4, activations="length"), 8),
+}
+
+
+def train(task, optimizer, rows, strategy, options, devices, microbatches=1) -> dict:
+    layout = arrange(
+        task,
+        optimizer,
+        ROWS,
+        microbatches=microbatches,
+        strategy=strategy,
+        options=options,
+        devices=jax.devices()[:devices],
+    )
+    with activate(layout):
+        prepared = prepare(task, optimizer, layout, seed=1, microbatches=microbatches)
+        state = jax.jit(prepared.build, out_shardings=shardings(prepared.target))(None)
+        batch = put_batch(rows, layout.batch)
+        if strategy == "pmap":
+            batch = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+        lowered = lower_step(prepared, batch, layout)
+        step = lowered.compile()
+        losses, norms = [], []
+        for _ in range(STEPS):
+            state, outcome = step(state, batch)
+            losses.append(float(outcome.metrics["loss"]))
+            norms.append(float(outcome.metrics["grad_norm"]))
+    return {
+        "losses": losses,
+        "grad_norm": norms[0],
+        "constraints": lowered.as_text().count("sdy.sharding_constraint"),
+        "params": bytes_per_device(prepared.target.params),
+        "optimizer": bytes_per_device(prepared.target.opt_state),
+    }
+
+
+def main() -> None:
+    task, optimizer, rows = MODELS[sys.argv[1]]
+    results = {name: train(task, optimizer, rows, *how) for name, how in LAYOUTS.items()}
+    results["fsdp_tp, accumulated"] = train(
+        task, optimizer, rows, *LAYOUTS["fsdp_tp"], microbatches=2
+    )
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from lmjax.models.t5 import PRESETS, T5
+from lmjax.sharding.mesh import Layout
+from lmjax.sharding.partition import partition
+from lmjax.sharding.strategies import (
+    DP,
+    FSDP,
+    FSDP_TP,
+    MESH_AXES,
+    STRATEGIES,
+    TP,
+    MeshOptions,
+    Need,
+    choose,
+    mesh_shape,
+)
+from lmjax.tasks.seq2seq import Seq2Seq
+from lmjax.training.state import abstract_parameters
+from tests.sharding.on_devices import LAYOUTS, MODELS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def trained(request):
+    """(model, what every layout made of it), from a process that has eight devices."""
+    command = [sys.executable, "-m", "tests.sharding.on_devices", request.param]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return request.param, json.loads(done.stdout)
+
+
+def test_every_layout_trains_as_one_device_does(trained):
+    model, results = trained
+    alone = results["one device"]
+    assert len(results) > len(LAYOUTS) - 1
+    for name, result in results.items():
+        np.testing.assert_allclose(result["losses"], alone["losses"], rtol=5e-6, err_msg=name)
+        np.testing.assert_allclose(result["grad_norm"], alone["grad_norm"], rtol=2e-6)
+    assert alone["losses"][-1] < 0.9 * alone["losses"][0]
+
+
+def test_models_constrain_their_activations(trained):
+    model, results = trained
+    for name in ("dp", "fsdp, replicated", "fsdp_tp, length"):
+        assert results[name]["constraints"] > 10, name
+    for name in ("one device", "pmap"):
+        assert results[name]["constraints"] == 0, name
+
+
+def test_divided_parameters_take_their_part_of_the_memory(trained):
+    model, results = trained
+    if model == "t5-odd":
+        pytest.skip("nothing in it divides")
+    whole, optimizer = results["one device"]["params"], results["one device"]["optimizer"]
+    for name, parts in {"dp": 1, "pmap": 1, "fsdp": 8, "tp": 8, "tp 2": 2, "fsdp_tp": 4}.items():
+        small = 0.02 * whole  # norms and relative biases are whole everywhere
+        assert results[name]["params"] == pytest.approx(whole / parts, abs=small), name
+        if model == "t5-1.1":  # Adam's averages lie as the parameters do
+            assert results[name]["optimizer"] == pytest.approx(optimizer / parts, abs=2 * small)
+
+
+# --- every published model under every strategy, on a chip and on a pod
+
+
+def shapes(config):
+    return abstract_parameters(Seq2Seq(T5(config)))
+
+
+@pytest.mark.parametrize("devices", [1, 6, 8, 256, 2_048])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_published_models_lie_on_any_number_of_devices(preset, devices):
+    params, axes = shapes(PRESETS[preset])
+    for strategy in STRATEGIES.values():
+        shape = mesh_shape(strategy, MeshOptions(), devices, params, axes)
+        assert shape["data"] * shape["fsdp"] * shape["model"] == devices
+        mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+        layout = Layout(strategy, mesh, strategy.rules, "")
+        assert f"Strategy {strategy.name}" in layout.summary(params, axes)
+
+        def check(x, parts, layout=layout):
+            layout.sharding(parts).shard_shape(x.shape)  # raises if an axis does not divide
+
+        jax.tree.map(check, params, layout.parameters(params, axes))
+
+
+def test_the_largest_model_is_divided_over_the_whole_pod():
+    params, axes = shapes(PRESETS["11b"])
+    shape = mesh_shape(FSDP, MeshOptions(), 2_048, params, axes)
+    assert shape == {"data": 2, "fsdp": 1_024, "model": 1}  # its 1,024 do not divide by 2,048
+    shape = mesh_shape(FSDP_TP, MeshOptions(model=8), 2_048, params, axes)
+    assert shape == {"data": 1, "fsdp": 256, "model": 8}
+    mesh = jax.sharding.AbstractMesh(tuple(shape.values()), MESH_AXES)
+    layout = Layout(FSDP_TP, mesh, FSDP_TP.rules, "")
+    up = params["encoder"]["layers"]["feed_forward"]["up"]
+    parts = layout.parameter(("layers", "embed", "mlp"), up.shape)
+    assert parts == (None, "fsdp", "model")
+
+
+# --- fallbacks
+
+
+def test_what_does_not_divide_falls_back_and_is_named():
+    params = {"embedding": jnp.zeros((50_257, 768)), "norm": jnp.zeros(768)}
+    axes = {"embedding": ("vocab", "embed"), "norm": ("embed",)}
+    mesh = jax.sharding.AbstractMesh((1, 8, 1), MESH_AXES)
+    layout = Layout(FSDP, mesh, FSDP.rules, "as asked")
+    assert layout.parameters(params, axes) == {"embedding": (None, "fsdp"), "norm": (None,)}
+    assert (
+        "embedding (50257, 768): its axis vocab (50257) does not divide by mesh.fsdp (8);"
+        " embed is divided in its place"
+    ) in layout.summary(params, axes)
+    layout = Layout(TP, jax.sharding.AbstractMesh((1, 1, 8), MESH_AXES), TP.rules, "as asked")
+    assert layout.parameters(params, axes)["embedding"] == (None, None)
+    assert "nothing is divided in its place" in layout.summary(params, axes)
+
+
+def test_too_large_to_lie_whole_everywhere():
+    params = {"up": jax.ShapeDtypeStruct((4, 20_002, 16_386), jnp.float32)}
+    axes = {"up": ("layers", "embed", "mlp")}
+    layout = Layout(TP, jax.sharding.AbstractMesh((1, 1, 4), MESH_AXES), TP.rules, "as asked")
+    with pytest.raises(ValueError, match=r"up \(4, 20002, 16386\): its axis mlp .* mesh.model 2$"):
+        layout.summary(params, axes)
+
+
+def test_partition_gives_a_mesh_axis_once_and_an_axis_several():
+    rules = (("batch", "data"), ("batch", "fsdp"), ("mlp", "fsdp"), ("embed", "fsdp"))
+    sizes = {"data": 2, "fsdp": 4, "model": 1}
+    assert partition(("batch", "mlp"), (16, 8), rules, sizes) == PartitionSpec(
+        ("data", "fsdp"), None
+    )
+    assert partition(("batch", "mlp"), (4, 8), rules, sizes) == PartitionSpec(("data",), ("fsdp",))
+    assert partition(("embed", "mlp"), (8, 6), rules, sizes) == PartitionSpec(("fsdp",), None)
+    assert partition(("embed", None), (6, 8), rules, sizes) == PartitionSpec(None, None)
+
+
+# --- meshes
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "devices", "message"),
+    [
+        (
+            "tp",
+            MeshOptions(model=3),
+            8,
+            r"model 3 x fsdp 1 does not divide the 8 .* \[1, 2, 4, 8\]",
+        ),
+        ("dp", MeshOptions(model=2), 8, "dp divides nothing along model: .* tp or fsdp_tp"),
+        ("tp", MeshOptions(fsdp=2), 8, "tp divides nothing along fsdp: .* fsdp or fsdp_tp"),
+        ("fsdp", MeshOptions(slices=3), 8, r"do not form 3 equal slices: .* \[1, 2, 4, 8\]"),
+        ("fsdp_tp", MeshOptions(fsdp=4, model=2, slices=2), 8, "the 4 devices of a slice"),
+    ],
+)
+def test_meshes_that_cannot_be(strategy, options, devices, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_shape(STRATEGIES[strategy], options, devices, *shapes(PRESETS["small"]))
+
+
+def test_mesh_options_are_checked():
+    with pytest.raises(ValueError, match="mesh.model is 0"):
+        MeshOptions(model=0)
+
+
+def test_slices_divide_the_batch_only():
+    params, axes = shapes(PRESETS["small"])
+    shape = mesh_shape(FSDP, MeshOptions(slices=2), 16, params, axes)
+    assert shape == {"data": 2, "fsdp": 8, "model": 1}
+
+
+@pytest.mark.parametrize(
+    ("need", "devices", "chosen", "reason"),
+    [
+        (Need(1e9, 16e9, 8), 1, DP, "one device"),
+        (Need(1e9, None, 8), 8, DP, "no memory of their own"),
+        (Need(1e9, 16e9, 8), 8, DP, "each device can hold"),
+        (Need(9e9, 16e9, 8), 8, FSDP, "they are divided"),
+        (Need(100e9, 16e9, 4), 8, FSDP_TP, "a batch of 4 does not divide"),
+        (Need(100e9, 16e9, 8), 8, FSDP_TP, "as far as it goes"),
+    ],
+)
+def test_the_automatic_choice(need, devices, chosen, reason):
+    strategy, why = choose(need, devices)
+    assert strategy is chosen and reason in why
