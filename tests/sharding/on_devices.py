@@ -8,9 +8,6 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 import jax
 import numpy as np
 
@@ -112,6 +109,8 @@ def train(task, optimizer, rows, strategy, options, devices, microbatches=1) -> 
 
 
 def main() -> None:
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # read at the first use
+    jax.config.update("jax_platforms", "cpu")
     task, optimizer, rows = MODELS[sys.argv[1]]
     results = {name: train(task, optimizer, rows, *how) for name, how in LAYOUTS.items()}
     results["fsdp_tp, accumulated"] = train(
