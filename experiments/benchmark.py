@@ -223,22 +223,15 @@ def measure_lmjax(settings) -> dict:
     return training | {"decode_tokens_per_second": settings.decode_batch * length / seconds}
 
 
-def fit_step(task, settings):
-    """The step that `fit` compiles, and a function that builds its first state."""
-    from lmjax.training.fit import train_step
-    from lmjax.training.state import abstract_parameters, init_state
+def fit_step(task, optimizer):
+    """The step that `fit` compiles for one device, and a function that builds its first state."""
+    import jax
 
-    params, axes = abstract_parameters(task)
-    optimizer = settings.transformation(axes, task.labels(params))
-    step = functools.partial(
-        train_step,
-        task=task,
-        optimizer=optimizer,
-        schedule=settings.schedule,
-        microbatches=1,
-        averaging=None,
-    )
-    return step, functools.partial(init_state, task, optimizer, False, 0)
+    from lmjax.training.step import arrange, prepare
+
+    layout = arrange(task, optimizer, batch_size=1, devices=jax.devices()[:1])
+    prepared = prepare(task, optimizer, layout)
+    return prepared.step, functools.partial(prepared.build, None)
 
 
 def whole_batch(inputs: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:

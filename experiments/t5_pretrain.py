@@ -19,13 +19,16 @@ C4 or mC4, and their tokenizers' spiece.model are yours to give.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
 from lmjax import command_line
+from lmjax.data.batches import assemble
 from lmjax.data.text import Text, TokenizedText, read_text
 from lmjax.decoding.fill_in import spans_by_sentinel
 from lmjax.decoding.generate import generate
@@ -35,6 +38,7 @@ from lmjax.models.t5 import T5, T5Config
 from lmjax.objectives.denoising import Denoising, IidDenoising, PrefixLM, SpanCorruption
 from lmjax.sharding.strategies import MeshOptions, StrategyName
 from lmjax.tasks.seq2seq import Seq2Seq
+from lmjax.tasks.task import Workload
 from lmjax.training.execution import ExecutionOptions
 from lmjax.training.fit import FitOptions, Fitted, fit
 from lmjax.training.optimizers import Adafactor, AdamW
@@ -121,6 +125,7 @@ def published(name: str, model: T5Config) -> T5Pretrain:
 
 
 PRESETS = {"mini": MINI} | {name: published(name, model) for name, model in t5.PRESETS.items()}
+DEFAULT = "mini"
 CHOICES = {
     "objective": {
         "span_corruption": lambda s: SpanCorruption(s.objective.inputs_length),
@@ -150,7 +155,7 @@ def warmup(settings: T5Pretrain) -> int:
 
 
 def main() -> None:
-    settings = command_line.parse(PRESETS, "mini", __doc__, CHOICES)
+    settings = command_line.parse(PRESETS, DEFAULT, __doc__, CHOICES)
     console = Console()
     pretrain(settings, console)
 
@@ -201,9 +206,19 @@ def pretrain(settings: T5Pretrain, console: Console) -> Fitted:
     return fitted
 
 
-def task_of(settings: T5Pretrain) -> Seq2Seq:
-    model = T5(settings.model, settings.execution.resolve())
+def task_of(settings: T5Pretrain, devices: Sequence[jax.Device] | None = None) -> Seq2Seq:
+    model = T5(settings.model, settings.execution.resolve(devices))
     return Seq2Seq(model, settings.z_loss, settings.label_smoothing)
+
+
+def workload(settings: T5Pretrain, devices: Sequence[jax.Device]) -> Workload:
+    """What `experiments.plan` compiles for `devices`."""
+    rows = assemble([], settings.objective.lengths)
+    batch = {
+        name: jax.ShapeDtypeStruct((settings.batch, *x.shape[1:]), x.dtype)
+        for name, x in rows.items()
+    }
+    return Workload(task_of(settings, devices), settings.optimizer, batch)
 
 
 def model_of(start: Description, settings: T5Pretrain) -> T5Config:

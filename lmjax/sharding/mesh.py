@@ -60,8 +60,8 @@ class Layout:
         """The same for a whole tree of them: shapes and axes -> tuples."""
         return jax.tree.map(lambda x, own: self.parameter(tuple(own), x.shape), params, axes)
 
-    def summary(self, params: Any, axes: Any) -> str:
-        """The mesh, and every parameter that could not be divided as the strategy would have it.
+    def summary(self, params: Any, axes: Any) -> list[str]:
+        """Lines: the mesh, and each parameter not divided as the strategy would have it.
 
         Raises:
             ValueError: a parameter of more than `LARGE` numbers a layer cannot be divided at all.
@@ -69,12 +69,12 @@ class Layout:
         shape = " x ".join(f"{name} {self.mesh.shape[name]}" for name in MESH_AXES)
         lines = [
             f"Strategy {self.strategy.name}, {self.reason}. {self.strategy.about}.",
-            f"  mesh: {shape}",
+            f"mesh: {shape}",
         ]
         jax.tree.map_with_path(
             lambda path, x, own: lines.extend(self._missed(path, tuple(own), x.shape)), params, axes
         )
-        return "\n".join(lines)
+        return lines
 
     def _missed(self, path: tuple, axes: Axes, shape: Sequence[int]) -> list[str]:
         if layer_size(axes, shape) < SMALL:
@@ -93,7 +93,7 @@ class Layout:
                     f" on every device: choose mesh.{missed.mesh_axis}"
                     f" {math.gcd(missed.length, missed.devices)}"
                 )
-            lines.append(f"  {text}; {missed.instead or 'nothing'} is divided in its place")
+            lines.append(f"{text}; {missed.instead or 'nothing'} is divided in its place")
         return lines
 
 

@@ -1,7 +1,7 @@
 """What training needs to know of a model and its objective, and nothing more."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -58,3 +58,12 @@ class Task(Protocol):
     def flops(self, batch_shapes: dict[str, tuple[int, ...]]) -> float:
         """FLOPs of the products in one step, forward and backward, without rematerialisation."""
         ...
+
+
+class Workload(NamedTuple):
+    """What an experiment trains, without its data: enough to plan a run."""
+
+    task: Task
+    optimizer: Any
+    batch: Mapping[str, Any]
+    """The shapes of the global batch's arrays."""

@@ -1,6 +1,7 @@
 """How a model runs on the devices at hand."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -23,12 +24,13 @@ class ExecutionOptions:
     """Attention over the whole batch at once, or one example at a time (blocked), which is two to
     three times as fast on one CPU device; auto picks blocked there and whole elsewhere."""
 
-    def resolve(self) -> Execution:
-        """The choice for this machine's devices."""
-        cpu = jax.default_backend() == "cpu"
+    def resolve(self, devices: Sequence[jax.Device] | None = None) -> Execution:
+        """The choice for `devices`, by default this machine's."""
+        devices = jax.devices() if devices is None else devices
+        cpu = devices[0].platform == "cpu"
         dtype, attention = self.dtype, self.attention
         if dtype == "auto":
             dtype = "float32" if cpu else "bfloat16"
         if attention == "auto":
-            attention = "blocked" if cpu and jax.device_count() == 1 else "whole"
+            attention = "blocked" if cpu and len(devices) == 1 else "whole"
         return Execution(dtype, self.remat, attention)

@@ -169,7 +169,7 @@ def fit(
             return Fitted(checkpoints.restore(target, first), interrupted=False)
         _print(parameter_summary(target.params))
         if layout.mesh.size > 1:
-            _print(layout.summary(*abstract_parameters(task)))
+            _print("\n  ".join(layout.summary(*abstract_parameters(task))))
         _print(memory_summary(target))
 
         # The large arrays come last: whatever can be wrong is found before.

@@ -37,9 +37,9 @@ def t5(config: T5Config, remat: str):
     return Seq2Seq(T5(config, Execution("float32", remat)), z_loss=1e-4)
 
 
-def text_to_text(config: T5Config) -> dict[str, np.ndarray]:
+def text_to_text(config: T5Config, seed: int = 0) -> dict[str, np.ndarray]:
     """Rows of which some are short and some are packed, so that normalizers matter."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     arrays = {}
     for name, length in (("inputs", 24), ("targets", 12)):
         ends = rng.integers(length // 2, length + 1, (ROWS, 1))

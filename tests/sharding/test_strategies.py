@@ -86,7 +86,7 @@ def test_published_models_lie_on_any_number_of_devices(preset, devices):
         assert shape["data"] * shape["fsdp"] * shape["model"] == devices
         mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
         layout = Layout(strategy, mesh, strategy.rules, "")
-        assert f"Strategy {strategy.name}" in layout.summary(params, axes)
+        assert f"Strategy {strategy.name}" in layout.summary(params, axes)[0]
 
         def check(x, parts, layout=layout):
             layout.sharding(parts).shard_shape(x.shape)  # raises if an axis does not divide
@@ -122,7 +122,7 @@ def test_what_does_not_divide_falls_back_and_is_named():
     ) in layout.summary(params, axes)
     layout = Layout(TP, jax.sharding.AbstractMesh((1, 1, 8), MESH_AXES), TP.rules, "as asked")
     assert layout.parameters(params, axes)["embedding"] == (None, None)
-    assert "nothing is divided in its place" in layout.summary(params, axes)
+    assert "nothing is divided in its place" in layout.summary(params, axes)[-1]
 
 
 def test_too_large_to_lie_whole_everywhere():

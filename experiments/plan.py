@@ -1,0 +1,283 @@
+"""Whether a run fits, how fast it can go and how to divide it, before any of it is paid for.
+
+    python -m experiments.plan t5_pretrain --preset 11b --topology v3:32x32
+    python -m experiments.plan t5_pretrain --preset 11b --topology v5e:2x4 --batch 8
+        --strategy fsdp --execution.remat full
+    python -m experiments.plan t5_pretrain --preset v1_1-xxl --topology v5p:8x8x8 --sweep
+    python -m experiments.plan t5_pretrain --topology cpu:8 --strategy tp
+
+Compiles the experiment's real training step for devices that need not be here: any TPU slice that
+libtpu knows (pip install libtpu; chips along each dimension), CPUs, or GPUs (h100:64), for which
+the program of a TPU slice with as many devices stands in and the report is an estimate. All of the
+experiment's own options apply: see `python -m experiments.t5_pretrain --help`. `--mesh.slices 2`
+plans for two such slices joined by the data centre's network.
+
+Times are a roofline from the makers' figures (lmjax/sharding/hardware.py): matrix units at 0.9 of
+their peak, memory and links at all of theirs; collectives hidden behind computation, and exposed.
+A real run lands between the two at best.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+from pathlib import Path
+
+REMATS = ("none", "matmuls", "full")  # from the fastest to the smallest
+TENSOR_WAYS = (2, 4, 8, 16)
+
+
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The planner's own options, and what is left for the experiment."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("experiment", help="a module of experiments: t5_pretrain")
+    parser.add_argument(
+        "--topology", required=True, nargs="+", metavar="NAME", help="v3:32x32, v5e:2x4, cpu:8, ..."
+    )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="compare strategies, meshes and rematerialisation, and rank them",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports here too")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    own, rest = arguments()
+    from lmjax.sharding.topology import environment
+
+    for name in own.topology:
+        os.environ.update(environment(name))
+    plan(own, rest)
+
+
+def plan(own: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lmjax import command_line
+    from lmjax.sharding.topology import find_topology
+
+    experiment = find_experiment(own.experiment)
+    settings = command_line.parse(
+        experiment.PRESETS, experiment.DEFAULT, __doc__, experiment.CHOICES, rest
+    )
+    console = Console()
+    reports = []
+    for name in own.topology:
+        topology = find_topology(name, settings.mesh.slices)
+        if not own.sweep:
+            report = planned(experiment, settings, topology)
+            show(report, console)
+            reports.append(report)
+            continue
+        with Progress(console=console, transient=True) as progress:
+            found = sweep(experiment, settings, topology, progress)
+        rank(found, console)
+        reports += [report for _, report in found]
+    if own.json is not None:
+        content = [dataclasses.asdict(report) for report in reports]
+        text = json.dumps(content if len(content) > 1 else content[0], indent=2)
+        own.json.write_text(text + "\n")
+
+
+def find_experiment(name: str):
+    """The module of an experiment that can be planned."""
+    folder = Path(__file__).parent
+    known = [
+        path.stem for path in sorted(folder.glob("*.py")) if "def workload(" in path.read_text()
+    ]
+    known = [stem for stem in known if stem != Path(__file__).stem]
+    if name not in known:
+        raise ValueError(f"experiment {name} cannot be planned: those that can are {known}")
+    return importlib.import_module(f"experiments.{name}")
+
+
+def planned(experiment, settings, topology):
+    """The report of one plan."""
+    from lmjax.sharding.planning import plan_step
+    from lmjax.training.state import abstract_parameters
+    from lmjax.training.step import arrange, prepare
+
+    task, optimizer, batch = experiment.workload(settings, topology.devices)
+    layout = arrange(
+        task,
+        optimizer,
+        settings.batch,
+        microbatches=settings.fit.microbatches,
+        strategy=settings.strategy,
+        options=settings.mesh,
+        devices=topology.devices,
+    )
+    return plan_step(
+        prepare(task, optimizer, layout, microbatches=settings.fit.microbatches),
+        batch,
+        layout,
+        topology,
+        model_flops=task.flops({name: x.shape for name, x in batch.items()}),
+        steps=settings.steps,
+        slices=settings.mesh.slices,
+        notes=layout.summary(*abstract_parameters(task)),
+    )
+
+
+def sweep(experiment, settings, topology, progress) -> list[tuple[str, object]]:
+    """(what was tried, its report), the fastest first and what does not fit last.
+
+    Of each mesh the first rematerialisation that fits is taken: the next would only be slower.
+    """
+    from lmjax.sharding.strategies import MeshOptions
+
+    slices, count = settings.mesh.slices, len(topology.devices)
+    meshes = [("dp", MeshOptions(slices=slices)), ("fsdp", MeshOptions(slices=slices))]
+    for ways, activations in itertools.product(TENSOR_WAYS, ("whole", "length")):
+        if count // slices % ways == 0:
+            options = MeshOptions(model=ways, slices=slices, activations=activations)
+            meshes.append(("fsdp_tp", options))
+    found = []
+    for strategy, mesh in progress.track(meshes, description=f"plans for {topology.name}"):
+        for remat in REMATS:
+            tried = dataclasses.replace(
+                settings,
+                strategy=strategy,
+                mesh=mesh,
+                execution=dataclasses.replace(settings.execution, remat=remat),
+            )
+            try:
+                report = planned(experiment, tried, topology)
+            except ValueError as error:
+                progress.console.print(f"{strategy}, {mesh_words(mesh)}: {error}", highlight=False)
+                break
+            found.append((f"{strategy}, {mesh_words(mesh)}remat {remat}", report))
+            if report.fits:
+                break
+    return sorted(found, key=lambda one: (not one[1].fits, one[1].step_seconds or 0, cost(one[1])))
+
+
+def cost(report) -> float:
+    return report.step_seconds_exposed or report.bytes_per_device
+
+
+def mesh_words(mesh) -> str:
+    words = f"model {mesh.model}, " if mesh.model else ""
+    return words + ("" if mesh.activations == "whole" else f"activations by {mesh.activations}, ")
+
+
+# --- what is shown
+
+
+def show(report, console) -> None:
+    from rich.table import Table
+
+    for note in report.notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    table = Table(title=f"{report.devices} x {report.topology}", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in lines(report):
+        table.add_row(name, value)
+    console.print(table)
+    if report.compiled_for != report.topology:
+        console.print(
+            f"An estimate: what was compiled is the program for {report.compiled_for}, which has as"
+            " many devices."
+        )
+
+
+def lines(report) -> list[tuple[str, str]]:
+    from lmjax.training.reporting import size
+
+    def percent(x):
+        return f"{x:.1%}"
+
+    def pair(hidden, exposed, words):
+        return f"{words(hidden)} / {words(exposed)}"
+
+    rows = [
+        ("parameters", f"{report.parameters:,}"),
+        ("compiled in", f"{report.compile_seconds:.0f} s"),
+        ("memory per device", size(report.bytes_per_device)),
+        ("  of", size(report.memory) if report.memory else "shared memory"),
+        ("  parameters", size(report.parameter_bytes)),
+        ("  optimizer", size(report.optimizer_bytes)),
+    ]
+    if report.temporary_bytes is not None:
+        rows.append(("  gradients and activations", size(report.temporary_bytes)))
+    rows += [
+        ("fits", "yes" if report.fits else "NO"),
+        ("FLOPs per step, model's", f"{report.model_flops_per_step:.3g}"),
+        ("FLOPs per step, computed", f"{report.hardware_flops_per_step:.3g}"),
+    ]
+    for kind, axes in report.collective_bytes.items():
+        for axis, count in axes.items():
+            rows.append((f"sent per device and step: {kind}, {axis}", size(count)))
+    if report.step_seconds is None:
+        return rows
+    rows += [
+        ("computation", seconds(report.compute_seconds)),
+        ("memory", seconds(report.memory_seconds)),
+        ("collectives", seconds(report.collective_seconds)),
+    ]
+    for axes, value in report.collective_seconds_by_axis.items():
+        rows.append((f"  along {axes}", seconds(value)))
+    hidden, exposed = report.step_seconds, report.step_seconds_exposed
+    rows += [
+        ("what binds", report.bound),
+        ("collectives hidden / exposed", ""),
+        ("  step", pair(hidden, exposed, seconds)),
+        (
+            "  model FLOP/s utilisation",
+            pair(report.utilization, report.utilization_exposed, percent),
+        ),
+        ("  tokens/s", pair(report.tokens / hidden, report.tokens / exposed, "{:,.0f}".format)),
+        (
+            f"  days for {report.schedule_steps:,} steps",
+            pair(report.schedule_days, report.schedule_days * exposed / hidden, "{:,.1f}".format),
+        ),
+        ("  device-hours, hidden", f"{report.schedule_device_hours:,.0f}"),
+    ]
+    return rows
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def rank(found: list[tuple[str, object]], console) -> None:
+    from rich.table import Table
+
+    from lmjax.training.reporting import size
+
+    if not found:
+        return
+    first = found[0][1]
+    table = Table(title=f"{first.devices} x {first.topology}, collectives hidden / exposed")
+    for column in ("plan", "mesh", "memory", "step", "utilisation", "what binds"):
+        table.add_column(column, justify="left" if column in ("plan", "what binds") else "right")
+    for name, report in found:
+        mesh = " x ".join(str(n) for n in report.mesh.values())
+        row = [name, mesh, size(report.bytes_per_device)]
+        if not report.fits:
+            row += ["does not fit", "", ""]
+        elif report.step_seconds is not None:
+            row += [
+                f"{seconds(report.step_seconds)} / {seconds(report.step_seconds_exposed)}",
+                f"{report.utilization:.1%} / {report.utilization_exposed:.1%}",
+                report.bound,
+            ]
+        table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    from lmjax import command_line
+
+    command_line.run(main)
