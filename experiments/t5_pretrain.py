@@ -36,6 +36,8 @@ from lmjax.loading import TOKENIZER, Description, describe
 from lmjax.models import t5
 from lmjax.models.t5 import T5, T5Config
 from lmjax.objectives.denoising import Denoising, IidDenoising, PrefixLM, SpanCorruption
+from lmjax.sharding import multihost
+from lmjax.sharding.multihost import Distributed
 from lmjax.sharding.strategies import MeshOptions, StrategyName
 from lmjax.tasks.seq2seq import Seq2Seq
 from lmjax.tasks.task import Workload
@@ -79,6 +81,7 @@ class T5Pretrain:
     (parameters divided), tp (products divided), fsdp_tp (both), or what the model's size asks for
     (auto). It may change when a run is resumed, as may --mesh."""
     mesh: MeshOptions = MeshOptions()
+    distributed: Distributed = Distributed()
     execution: ExecutionOptions = ExecutionOptions()
     fit: FitOptions = FitOptions()
 
@@ -156,12 +159,14 @@ def warmup(settings: T5Pretrain) -> int:
 
 def main() -> None:
     settings = command_line.parse(PRESETS, DEFAULT, __doc__, CHOICES)
-    console = Console()
-    pretrain(settings, console)
+    pretrain(settings)
 
 
-def pretrain(settings: T5Pretrain, console: Console) -> Fitted:
+def pretrain(settings: T5Pretrain) -> Fitted:
     """Trains, or goes on training, and fills in held-out texts at the end."""
+    if joined := multihost.start(settings.distributed):
+        print(joined, flush=True)
+    console = Console(quiet=jax.process_index() > 0)
     start = None
     if settings.init is not None:
         start = describe(settings.init)
@@ -175,16 +180,19 @@ def pretrain(settings: T5Pretrain, console: Console) -> Fitted:
         strategy=settings.strategy,
         options=settings.mesh,
     )
-    text = read_text(
-        settings.data,
-        settings.objective,
-        batch=settings.batch,
-        seed=settings.seed,
-        workers=settings.workers,
-        eval_batches=settings.eval_batches,
-        tokenizer=None if start is None else start.tokenizer,
-        rows=settings.model.vocab,
-    )
+    # Hosts may share a cache: the first one fills it.
+    with multihost.first_process_first("text", timeout=24 * 3_600):
+        text = read_text(
+            settings.data,
+            settings.objective,
+            batch=settings.batch,
+            seed=settings.seed,
+            workers=settings.workers,
+            eval_batches=settings.eval_batches,
+            tokenizer=None if start is None else start.tokenizer,
+            rows=settings.model.vocab,
+            share=layout.share,
+        )
     console.print(escape(text.summary), soft_wrap=True)
     fitted = fit(
         task,

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from lmjax.data.batches import Batches, IndexedBatches, Rows, Windows, evaluation_batches
@@ -71,6 +70,7 @@ def read_text(
     eval_batches: int = 8,
     tokenizer: SentencePieceTokenizer | None = None,
     rows: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Text:
     """Opens, tokenizes (or finds tokenized) and batches the text for this host.
 
@@ -83,6 +83,7 @@ def read_text(
         eval_batches: held-out batches, at most.
         tokenizer: a checkpoint's, to use instead of training one.
         rows: of the model's embedding, which must have one for every id.
+        share: which part of every batch, of how many, is this host's: `Layout.share`.
 
     Held-out text is evaluated alike with and without `data.stream`: each host tokenizes as much of
     its beginning as `eval_batches` take, or all of it. With several hosts, what is read while
@@ -105,8 +106,8 @@ def read_text(
         "objective": objective.bind(tokenizer.sentinels, tokenizer.eos_id),
         "lengths": objective.lengths,
         "batch_size": batch,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "process_index": share[0],
+        "process_count": share[1],
     }
     if data.stream:
         batches = StreamingBatches(

@@ -46,6 +46,25 @@ class Layout:
         """How every array of a batch is divided: by rows."""
         return self.sharding([tuple(m for axis, m in self.rules if axis == "batch")])
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """(which, of how many): the part of every batch that this process reads.
+
+        Processes whose devices hold the same rows, as those that divide products, read the same.
+        """
+        rows = self.batch.devices_indices_map((self.batch_parts,))
+        held: dict[int, set[int]] = {}
+        for device, (index,) in rows.items():
+            part = range(self.batch_parts)[index]
+            held.setdefault(device.process_index, set()).update(part)
+        shares = sorted({tuple(sorted(parts)) for parts in held.values()})
+        if len({i for part in shares for i in part}) < sum(map(len, shares)):
+            raise ValueError(
+                "some processes of this mesh hold a part of others' rows: choose mesh.model and"
+                " mesh.fsdp so that each holds all of them or none"
+            )
+        return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
     def sharding(self, parts: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:
         """That of an array with these axes of the mesh along its own."""
         return NamedSharding(self.mesh, PartitionSpec(*parts))

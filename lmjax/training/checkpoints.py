@@ -170,6 +170,12 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
         ) from error
 
 
+def changed_fields(old: Any, new: Any) -> list[str]:
+    """["batch 128 -> 64", ...]: the fields that differ between two JSON values."""
+    differing, absent = _compare(old, new)
+    return differing + absent
+
+
 def _compare(old: Any, new: Any, name: str = "") -> tuple[list[str], list[str]]:
     """(["batch 128 -> 64", ...], ["model.heads = 2", ...]): what differs, and what `old` lacks."""
     if not (isinstance(old, dict) and isinstance(new, dict)):

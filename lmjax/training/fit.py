@@ -23,11 +23,14 @@ import numpy as np
 from lmjax.data.batches import Batches
 from lmjax.sharding.hardware import peak_flops
 from lmjax.sharding.mesh import Layout, activate, check_batch_size, put_batch
+from lmjax.sharding.multihost import StopTogether, agree, first_process_first
 from lmjax.sharding.strategies import PMAP
 from lmjax.tasks.task import Batch, Params, Scalars, Task
 from lmjax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
+    as_json,
+    changed_fields,
     check_space,
     claim_workdir,
     differences,
@@ -139,7 +142,7 @@ def fit(
         layout = arrange(task, optimizer, data.batch_size, microbatches=runtime.microbatches)
     check_batch_size(data.batch_size, layout.batch_parts, runtime.microbatches)
     for batch in evaluation:
-        rows = len(next(iter(batch.values()))) * jax.process_count()
+        rows = len(next(iter(batch.values()))) * layout.share[1]
         check_batch_size(rows, layout.batch_parts)
     how = {"strategy": layout.strategy.name, "mesh": dict(layout.mesh.shape)}
     settings = {"steps": steps, **how, "fit": runtime}
@@ -147,8 +150,10 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors_said_plainly(data.batch_size, runtime.microbatches))
-        stack.enter_context(lock_workdir(workdir))
-        claim_workdir(workdir, experiment, identity, settings, files)
+        agree("run", as_json({"experiment": experiment, **identity, **settings}), changed_fields)
+        with first_process_first("workdir"):
+            stack.enter_context(lock_workdir(workdir))
+            claim_workdir(workdir, experiment, identity, settings, files)
         stack.enter_context(activate(layout))
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(Checkpoints(workdir, runtime.keep))
@@ -272,7 +277,7 @@ class Feed:
         self.shapes = {name: array.shape for name, array in batch.items()}
         if self._layout.strategy is PMAP:
             batch = jax.tree.map(self._replicas, batch)
-        self.position, self.tokens = position, count_tokens(rows) * jax.process_count()
+        self.position, self.tokens = position, count_tokens(rows) * self._layout.share[1]
         return batch
 
     def _replicas(self, x: jax.Array) -> jax.Array:
@@ -382,6 +387,7 @@ class Loop:
         if first == 0:
             self._evaluate(state, 0)
         self.reporter.begin()
+        stop_together = StopTogether()
         late = None  # the last step given to the devices, whose outcome has not been read
         for number in range(first + 1, steps + 1):
             state, outcome = self.step(state, batch)
@@ -389,7 +395,8 @@ class Loop:
                 self._observe(*late)
             late = number, self.feed.tokens, outcome
 
-            last = number == steps or interruption.requested
+            stop = stop_together(number, interruption.requested)
+            last = number == steps or stop
             evaluate = number == steps or number % self.runtime.eval_every == 0
             save = last or number % self.runtime.checkpoint_every == 0
             if evaluate or save:

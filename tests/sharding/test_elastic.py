@@ -13,14 +13,19 @@ from lmjax.training.reporting import METRICS, read_metrics
 ROOT = Path(__file__).parents[2]
 
 
-def run(workdir, steps, devices, strategy, mesh="{}"):
-    environment = {
+def environment(devices):
+    return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
+
+
+def run(workdir, steps, devices, strategy, mesh="{}"):
     command = [sys.executable, "-m", "tests.sharding.run", str(workdir), str(steps), strategy, mesh]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(devices), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
