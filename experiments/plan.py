@@ -124,7 +124,6 @@ def planned(experiment, settings, topology):
         topology,
         model_flops=task.flops({name: x.shape for name, x in batch.items()}),
         steps=settings.steps,
-        slices=settings.mesh.slices,
         notes=layout.summary(*abstract_parameters(task)),
     )
 

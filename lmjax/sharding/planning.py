@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from lmjax.sharding.analysis import collectives, hbm_bytes, product_flops
+from lmjax.sharding.flops import product_flops
+from lmjax.sharding.hlo import collectives, hbm_bytes, loops, parse_hlo
 from lmjax.sharding.mesh import Layout, activate
 from lmjax.sharding.topology import Topology, axis_bandwidths
 from lmjax.training.reporting import bytes_per_device
@@ -22,6 +23,7 @@ from lmjax.training.step import Prepared, lower_step
 
 MATRIX_EFFICIENCY = 0.9
 SECONDS_PER_DAY = 86_400
+SLICES = "slices"  # in place of a mesh axis: the network between slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Report:
     hardware_flops_per_step: float
     """All products, those computed again among them, counted in the program."""
     collective_bytes: dict[str, dict[str, float]]
-    """Kind of collective -> axes of the mesh -> bytes that a device sends."""
+    """Kind of collective -> axes of the mesh ("data+fsdp"; "slices": the network between slices) ->
+    bytes that a device sends."""
     compute_seconds: float | None
     memory_seconds: float | None
     collective_seconds: float | None
@@ -82,7 +85,6 @@ def plan_step(
     *,
     model_flops: float,
     steps: int,
-    slices: int = 1,
     notes: Sequence[str] = (),
 ) -> Report:
     """Compiles a step for a topology and says what it needs.
@@ -140,15 +142,18 @@ def plan_step(
         - sizes.alias_size_in_bytes
         + sizes.temp_size_in_bytes
     )
-    text = compiled.as_text()
-    found = collectives(text, layout.mesh)
+    program = parse_hlo(compiled.as_text())
     by_kind: dict[str, dict[str, float]] = {}
-    by_axis: dict[str, float] = {}
-    for one in found:
-        axes = "+".join(one.axes) or "unknown"
+    sent: dict[str, float] = {}
+    for one in collectives(program, layout.mesh):
+        along = SLICES if one.across_slices else "+".join(one.axes)
         kind = by_kind.setdefault(one.kind, {})
-        kind[axes] = kind.get(axes, 0.0) + one.bytes * one.count
-        by_axis[axes] = by_axis.get(axes, 0.0) + one.bytes * one.count
+        kind[along] = kind.get(along, 0.0) + one.bytes * one.count
+        sent[along] = sent.get(along, 0.0) + one.bytes * one.count
+    if unknown_loops := [loop.name for loop in loops(program) if loop.trips is None]:
+        report["notes"] += (
+            f"loops whose length the program does not tell, counted once: {unknown_loops}",
+        )
     report |= {
         "fits": memory is None or total <= memory,
         "bytes_per_device": total,
@@ -157,14 +162,14 @@ def plan_step(
         "collective_seconds_by_axis": {},
     }
     if topology.hardware is not None:
-        rates = axis_bandwidths(layout.mesh, topology, slices)
+        rates = {**axis_bandwidths(layout.mesh, topology), SLICES: topology.hardware.network}
         report |= roofline(
             topology.hardware,
             devices,
             hardware_flops=hardware_flops,
             model_flops=model_flops,
-            memory_bytes=hbm_bytes(text),
-            sent=by_axis,
+            memory_bytes=hbm_bytes(program),
+            sent=sent,
             rates=rates,
             tokens=report["tokens"],
             steps=steps,

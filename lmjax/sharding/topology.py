@@ -51,6 +51,7 @@ def environment(name: str) -> dict[str, str]:
         "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: the topology's name decides
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here holds a TPU
     }
 
 
@@ -112,15 +113,13 @@ def _stand_in(devices: int) -> str:
 # --- how fast an axis of a mesh is
 
 
-def axis_bandwidths(
-    mesh: jax.sharding.Mesh, topology: Topology, slices: int = 1
-) -> Mapping[str, float]:
-    """Bytes/s that each device can send to the others along each axis of a mesh.
+def axis_bandwidths(mesh: jax.sharding.Mesh, topology: Topology) -> Mapping[str, float]:
+    """Bytes/s that each device can send to the others of its slice along each axis of a mesh.
 
     On a TPU's torus a collective uses both directions of every dimension that the axis spans, if
     the dimension closes to a ring, one direction if it is a line or a part of the ring, and shares
-    the links with the groups that it is interleaved with. `data`, where it leads across slices or
-    nodes, is as slow as the network.
+    the links with the groups that it is interleaved with. Of GPUs an axis that leaves a node is as
+    slow as the network.
     """
     result = {}
     for place, name in enumerate(mesh.axis_names):
@@ -133,8 +132,6 @@ def axis_bandwidths(
             result[name] = _gpu(mesh, place, topology.hardware)
         else:
             result[name] = _torus(group, topology)
-        if slices > 1 and name == "data":
-            result[name] = topology.hardware.network
     return result
 
 

@@ -52,11 +52,11 @@ def abstract_parameters(task: Task) -> tuple[Params, Any]:
     """Shapes and logical axes of a task's parameters, without computing them."""
     found = {}
 
-    def init(key):
-        params, found["axes"], _ = task.init(key)
+    def init():
+        params, found["axes"], _ = task.init(jax.random.key(0))
         return params
 
-    return jax.eval_shape(init, jax.random.key(0)), found["axes"]
+    return jax.eval_shape(init), found["axes"]
 
 
 def init_state(
