@@ -111,7 +111,7 @@ def plan_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = _needed(str(error))
+        temporaries = _temporaries(str(error))
     seconds = time.perf_counter() - began
     sizes = jax.tree.leaves(target.params)
     report = {
@@ -134,6 +134,7 @@ def plan_step(
     unknown = {field.name: None for field in dataclasses.fields(Report) if field.name not in report}
     if compiled is None:
         none = {"collective_bytes": {}, "collective_seconds_by_axis": {}}
+        needed = report["parameter_bytes"] + report["optimizer_bytes"] + temporaries
         return Report(**{**unknown, **report, **none, "fits": False, "bytes_per_device": needed})
     sizes = compiled.memory_analysis()
     total = (
@@ -223,9 +224,12 @@ def roofline(
     }
 
 
-def _needed(message: str) -> float:
-    """Bytes from a compiler's "Used 20.5G of 15.7G hbm"."""
-    found = re.search(r"Used (\d[\d.]*)([KMGT]) of", message)
+def _temporaries(message: str) -> float:
+    """Bytes of HLO temporaries that a TPU's compiler found no room for."""
+    found = re.search(
+        r"temporaries \((\d[\d.]*)([KMGT])\) exceeds|Used (\d[\d.]*)([KMGT]) of", message
+    )
     if not found:
-        return float("nan")
-    return float(found[1]) * 1024 ** (1 + "KMGT".index(found[2]))
+        return 0.0
+    number, unit = (group for group in found.groups() if group)
+    return float(number) * 1024 ** (1 + "KMGT".index(unit))

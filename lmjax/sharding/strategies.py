@@ -18,6 +18,7 @@ from lmjax.sharding.partition import Axes, Rules, partition
 
 MESH_AXES = ("data", "fsdp", "model")
 SMALL = 2**13
+NARROWEST = 8  # a TPU keeps arrays in tiles of 8 x 128: thinner parts are summed whole
 LARGE = 2**28  # numbers a layer (1 GiB) that should not lie whole on every device by mistake
 
 
@@ -174,14 +175,14 @@ def divisors(number: int) -> Iterator[int]:
 
 
 def large_parameters(params: Any, axes: Any) -> list[Large]:
-    """Those that hold more than a thousandth of the model."""
+    """Those that hold more than a hundredth of the model."""
     leaves = jax.tree.leaves(params)
     everything = sum(math.prod(x.shape) for x in leaves)
     names = jax.tree.structure(params).flatten_up_to(axes)
     return [
         Large(tuple(own), x.shape)
         for x, own in zip(leaves, names, strict=True)
-        if math.prod(x.shape) * 1_000 >= everything
+        if math.prod(x.shape) * 100 >= everything
     ]
 
 
@@ -191,9 +192,14 @@ def layer_size(axes: Axes, shape: Sequence[int]) -> int:
 
 
 def _divides(rules: Rules, p: Large, mesh_axis: str, devices: int, model: int = 1) -> bool:
-    """Whether a parameter divides along this axis of a mesh, beside `model`."""
-    spec = partition(p.axes, p.shape, rules, {"model": model, mesh_axis: devices})
-    return devices == 1 or any(mesh_axis in (part or ()) for part in spec)
+    """Whether a parameter divides well along this axis of a mesh, beside `model`."""
+    shape = {"model": model, mesh_axis: devices}
+    spec = partition(p.axes, p.shape, rules, shape)
+    for length, part in zip(p.shape, spec, strict=True):
+        names = (part,) if isinstance(part, str) else part or ()
+        if mesh_axis in names:
+            return length // math.prod(shape[name] for name in names) >= NARROWEST
+    return devices == 1
 
 
 class Need(NamedTuple):

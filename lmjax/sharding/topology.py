@@ -107,7 +107,7 @@ def _stand_in(devices: int) -> str:
     shape = [2, 2, 1]
     while math.prod(shape) < devices:
         shape[shape.index(min(shape))] *= 2
-    return "v5p:" + "x".join(map(str, sorted(shape)))
+    return "v5p:" + "x".join(map(str, sorted(shape, key=lambda n: (n == 1, n))))  # 2x2x1, 2x4x4
 
 
 # --- how fast an axis of a mesh is

@@ -97,9 +97,12 @@ def test_published_models_lie_on_any_number_of_devices(preset, devices):
 def test_the_largest_model_is_divided_over_the_whole_pod():
     params, axes = shapes(PRESETS["11b"])
     shape = mesh_shape(FSDP, MeshOptions(), 2_048, params, axes)
-    assert shape == {"data": 2, "fsdp": 1_024, "model": 1}  # its 1,024 do not divide by 2,048
+    assert shape == {"data": 1, "fsdp": 2_048, "model": 1}
+    mesh = jax.sharding.AbstractMesh(tuple(shape.values()), MESH_AXES)
+    (fallback,) = Layout(FSDP, mesh, FSDP.rules, "").summary(params, axes)[2:]
+    assert "embedding (32128, 1024): its axis vocab (32128) does not divide" in fallback
     shape = mesh_shape(FSDP_TP, MeshOptions(model=8), 2_048, params, axes)
-    assert shape == {"data": 1, "fsdp": 256, "model": 8}
+    assert shape == {"data": 2, "fsdp": 128, "model": 8}  # eight of its width of 1,024 on each
     mesh = jax.sharding.AbstractMesh(tuple(shape.values()), MESH_AXES)
     layout = Layout(FSDP_TP, mesh, FSDP_TP.rules, "")
     up = params["encoder"]["layers"]["feed_forward"]["up"]
