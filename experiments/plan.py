@@ -5,6 +5,8 @@
         --strategy fsdp --execution.remat full
     python -m experiments.plan t5_pretrain --preset v1_1-xxl --topology v5p:8x8x8 --sweep
     python -m experiments.plan t5_pretrain --topology cpu:8 --strategy tp
+    python -m experiments.plan t5_pretrain --presets 11b mt5-xxl --topology v3:32x32 v5p:8x8x8
+        --sweep --markdown plans.md
 
 Compiles the experiment's real training step for devices that need not be here: any TPU slice that
 libtpu knows (pip install libtpu; chips along each dimension), CPUs, or GPUs (h100:64), for which
@@ -22,6 +24,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -46,6 +49,12 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
         action="store_true",
         help="compare strategies, meshes and rematerialisation, and rank them",
     )
+    parser.add_argument(
+        "--presets", nargs="+", metavar="NAME", help="plan several of the experiment's presets"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="with --sweep: write a table of the best"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports here too")
     return parser.parse_known_args()
 
@@ -67,22 +76,25 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
     from lmjax.sharding.topology import find_topology
 
     experiment = find_experiment(own.experiment)
-    settings = command_line.parse(
-        experiment.PRESETS, experiment.DEFAULT, __doc__, experiment.CHOICES, rest
-    )
-    console = Console()
-    reports = []
-    for name in own.topology:
-        topology = find_topology(name, settings.mesh.slices)
-        if not own.sweep:
-            report = planned(experiment, settings, topology)
-            show(report, console)
-            reports.append(report)
-            continue
-        with Progress(console=console, transient=True) as progress:
-            found = sweep(experiment, settings, topology, progress)
-        rank(found, console)
-        reports += [report for _, report in found]
+    console, reports, best = Console(), [], []
+    for preset in own.presets or [None]:
+        arguments = rest if preset is None else ["--preset", preset, *rest]
+        settings = command_line.parse(
+            experiment.PRESETS, experiment.DEFAULT, __doc__, experiment.CHOICES, arguments
+        )
+        for name in own.topology:
+            topology = find_topology(name, settings.mesh.slices)
+            if not own.sweep:
+                reports.append(planned(experiment, settings, topology))
+                show(reports[-1], console)
+                continue
+            with Progress(console=console, transient=True) as progress:
+                found = sweep(experiment, settings, topology, progress)
+            rank(found, console)
+            reports += [report for _, report in found]
+            best.append((preset or "", *found[0]))
+            if own.markdown is not None:  # as far as it has come
+                own.markdown.write_text(markdown(best))
     if own.json is not None:
         content = [dataclasses.asdict(report) for report in reports]
         text = json.dumps(content if len(content) > 1 else content[0], indent=2)
@@ -131,7 +143,8 @@ def planned(experiment, settings, topology):
 def sweep(experiment, settings, topology, progress) -> list[tuple[str, object]]:
     """(what was tried, its report), the fastest first and what does not fit last.
 
-    Of each mesh the first rematerialisation that fits is taken: the next would only be slower.
+    What follows the first fit of a mesh would be slower, but for `matmuls` after `none`: to store
+    less may cost less than to compute it again.
     """
     from lmjax.sharding.strategies import MeshOptions
 
@@ -143,22 +156,33 @@ def sweep(experiment, settings, topology, progress) -> list[tuple[str, object]]:
             meshes.append(("fsdp_tp", options))
     found = []
     for strategy, mesh in progress.track(meshes, description=f"plans for {topology.name}"):
-        for remat in REMATS:
-            tried = dataclasses.replace(
-                settings,
-                strategy=strategy,
-                mesh=mesh,
-                execution=dataclasses.replace(settings.execution, remat=remat),
-            )
-            try:
+        try:
+            for words, remat, pieces in frugalities(settings):
+                tried = dataclasses.replace(
+                    settings,
+                    strategy=strategy,
+                    mesh=mesh,
+                    execution=dataclasses.replace(settings.execution, remat=remat),
+                    fit=dataclasses.replace(settings.fit, microbatches=pieces),
+                )
                 report = planned(experiment, tried, topology)
-            except ValueError as error:
-                progress.console.print(f"{strategy}, {mesh_words(mesh)}: {error}", highlight=False)
-                break
-            found.append((f"{strategy}, {mesh_words(mesh)}remat {remat}", report))
-            if report.fits:
-                break
+                found.append((f"{strategy}, {mesh_words(mesh)}{words}", report))
+                if report.state_bytes > (report.memory or math.inf):
+                    break
+                if report.fits and remat != "none":
+                    break
+        except ValueError as error:
+            progress.console.print(f"{strategy}, {mesh_words(mesh)}: {error}", highlight=False)
     return sorted(found, key=lambda one: (not one[1].fits, one[1].step_seconds or 0, cost(one[1])))
+
+
+def frugalities(settings):
+    """(in words, rematerialisation, micro-batches): ways to need less and less memory."""
+    for remat in REMATS:
+        yield f"remat {remat}", remat, settings.fit.microbatches
+    pieces = settings.fit.microbatches
+    while (pieces := pieces * 4) <= settings.batch:
+        yield f"remat full, {pieces} pieces", "full", pieces
 
 
 def cost(report) -> float:
@@ -215,7 +239,7 @@ def lines(report) -> list[tuple[str, str]]:
         ("FLOPs per step, model's", f"{report.model_flops_per_step:.3g}"),
         ("FLOPs per step, computed", f"{report.hardware_flops_per_step:.3g}"),
     ]
-    for kind, axes in report.collective_bytes.items():
+    for kind, axes in (report.collective_bytes or {}).items():
         for axis, count in axes.items():
             rows.append((f"sent per device and step: {kind}, {axis}", size(count)))
     if report.step_seconds is None:
@@ -274,6 +298,27 @@ def rank(found: list[tuple[str, object]], console) -> None:
             ]
         table.add_row(*row)
     console.print(table)
+
+
+def markdown(best: list[tuple[str, str, object]]) -> str:
+    """The best plan of each sweep, as a table for a README."""
+    from lmjax.training.reporting import size
+
+    columns = ("preset", "devices", "best plan", "memory", "step", "utilisation", "days")
+    rows = ["| " + " | ".join(columns) + " |", "|---|---|---|" + "---:|" * (len(columns) - 3)]
+    for preset, name, report in best:
+        where = f"{report.devices} x {report.topology}"
+        memory = f"{size(report.bytes_per_device)} of {size(report.memory)}"
+        if not report.fits:
+            rows.append(f"| {preset} | {where} | does not fit | {memory} | | | |")
+            continue
+        hidden, exposed = report.step_seconds, report.step_seconds_exposed
+        rows.append(
+            f"| {preset} | {where} | {name} | {memory} | {seconds(hidden)} / {seconds(exposed)}"
+            f" | {report.utilization:.0%} / {report.utilization_exposed:.0%}"
+            f" | {report.schedule_days:.3g} / {report.schedule_days * exposed / hidden:.3g} |"
+        )
+    return "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":

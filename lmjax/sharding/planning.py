@@ -28,53 +28,56 @@ SLICES = "slices"  # in place of a mesh axis: the network between slices
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One plan. Bytes are of one device, seconds of one step."""
+    """One plan. Bytes are of one device, seconds of one step; None stands for what is not known: of
+    a program that does not fit, or of devices of which the makers say nothing."""
 
     topology: str
     devices: int
-    strategy: str
-    mesh: dict[str, int]
     compiled_for: str
     """The devices the program was compiled for: where they are others, this is an estimate."""
+    strategy: str
+    mesh: dict[str, int]
     parameters: int
     """Of the whole model."""
     tokens: int
     """Read and predicted in one step."""
-    compile_seconds: float
-    fits: bool
-    bytes_per_device: float
-    """All that the step needs at once."""
-    memory: float | None
-    """That a device has."""
-    parameter_bytes: float
-    optimizer_bytes: float
-    temporary_bytes: float | None
-    """Gradients and activations; None if the program does not fit."""
+    schedule_steps: int
     model_flops_per_step: float
     """Forward and backward products, by formula."""
     hardware_flops_per_step: float
     """All products, those computed again among them, counted in the program."""
-    collective_bytes: dict[str, dict[str, float]]
+    memory: float | None
+    """That a device has."""
+    parameter_bytes: float
+    optimizer_bytes: float
+    state_bytes: float
+    """Parameters, optimizer state and gradients: without them no rematerialisation helps."""
+    bytes_per_device: float
+    """All that the step needs at once; at least so much, if it does not fit."""
+    fits: bool
+    compile_seconds: float
+    notes: tuple[str, ...] = ()
+    temporary_bytes: float | None = None
+    """Gradients and activations."""
+    collective_bytes: dict[str, dict[str, float]] | None = None
     """Kind of collective -> axes of the mesh ("data+fsdp"; "slices": the network between slices) ->
     bytes that a device sends."""
-    compute_seconds: float | None
-    memory_seconds: float | None
-    collective_seconds: float | None
-    collective_seconds_by_axis: dict[str, float]
-    bound: str | None
+    compute_seconds: float | None = None
+    memory_seconds: float | None = None
+    collective_seconds: float | None = None
+    collective_seconds_by_axis: dict[str, float] | None = None
+    bound: str | None = None
     """compute, memory or collectives: what takes longest."""
-    step_seconds: float | None
+    step_seconds: float | None = None
     """With collectives hidden behind computation as far as that goes."""
-    step_seconds_exposed: float | None
+    step_seconds_exposed: float | None = None
     """With computation waiting for every collective."""
-    utilization: float | None
+    utilization: float | None = None
     """Model FLOP/s of what the devices could do at their peak, with collectives hidden."""
-    utilization_exposed: float | None
-    tokens_per_second: float | None
-    schedule_steps: int
-    schedule_days: float | None
-    schedule_device_hours: float | None
-    notes: tuple[str, ...] = ()
+    utilization_exposed: float | None = None
+    tokens_per_second: float | None = None
+    schedule_days: float | None = None
+    schedule_device_hours: float | None = None
 
 
 def plan_step(
@@ -99,43 +102,55 @@ def plan_step(
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.batch)
         for name, x in batch.items()
     }
-    target, devices = prepared.target, layout.mesh.size
+    target = prepared.target
+    parameters, optimizer = bytes_per_device(target.params), bytes_per_device(target.opt_state)
     with activate(layout):
         hardware_flops = product_flops(jax.make_jaxpr(prepared.step)(target, batch))
-    began = time.perf_counter()
-    compiled = None
     memory = topology.hardware and topology.hardware.memory
+    report = Report(
+        topology=topology.name,
+        devices=layout.mesh.size,
+        compiled_for=topology.compiled_for,
+        strategy=layout.strategy.name,
+        mesh=dict(layout.mesh.shape),
+        parameters=sum(x.size for x in jax.tree.leaves(target.params)),
+        tokens=sum(x.size for name, x in batch.items() if name in ("inputs", "targets")),
+        schedule_steps=steps,
+        model_flops_per_step=model_flops,
+        hardware_flops_per_step=hardware_flops,
+        memory=memory,
+        parameter_bytes=parameters,
+        optimizer_bytes=optimizer,
+        state_bytes=2 * parameters + optimizer,
+        bytes_per_device=2 * parameters + optimizer,
+        fits=False,
+        compile_seconds=0.0,
+        notes=tuple(notes),
+    )
+    if memory is not None and report.state_bytes > memory:
+        return report
+    began = time.perf_counter()
     try:
         with activate(layout):
             compiled = lower_step(prepared, batch, layout).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        temporaries = _temporaries(str(error))
-    seconds = time.perf_counter() - began
-    sizes = jax.tree.leaves(target.params)
-    report = {
-        "topology": topology.name,
-        "devices": devices,
-        "strategy": layout.strategy.name,
-        "mesh": dict(layout.mesh.shape),
-        "compiled_for": topology.compiled_for,
-        "parameters": sum(x.size for x in sizes),
-        "tokens": sum(x.size for name, x in batch.items() if name in ("inputs", "targets")),
-        "compile_seconds": seconds,
-        "memory": memory,
-        "parameter_bytes": bytes_per_device(target.params),
-        "optimizer_bytes": bytes_per_device(target.opt_state),
-        "model_flops_per_step": model_flops,
-        "hardware_flops_per_step": hardware_flops,
-        "schedule_steps": steps,
-        "notes": tuple(notes),
-    }
-    unknown = {field.name: None for field in dataclasses.fields(Report) if field.name not in report}
-    if compiled is None:
-        none = {"collective_bytes": {}, "collective_seconds_by_axis": {}}
-        needed = report["parameter_bytes"] + report["optimizer_bytes"] + temporaries
-        return Report(**{**unknown, **report, **none, "fits": False, "bytes_per_device": needed})
+        needed = max(report.state_bytes, parameters + optimizer + _temporaries(str(error)))
+        return dataclasses.replace(
+            report, bytes_per_device=needed, compile_seconds=time.perf_counter() - began
+        )
+    return dataclasses.replace(
+        report,
+        compile_seconds=time.perf_counter() - began,
+        **_of_program(compiled, layout, topology, report),
+    )
+
+
+def _of_program(
+    compiled: jax.stages.Compiled, layout: Layout, topology: Topology, report: Report
+) -> dict[str, Any]:
+    """What the compiled program adds to a report."""
     sizes = compiled.memory_analysis()
     total = (
         sizes.argument_size_in_bytes
@@ -144,38 +159,36 @@ def plan_step(
         + sizes.temp_size_in_bytes
     )
     program = parse_hlo(compiled.as_text())
-    by_kind: dict[str, dict[str, float]] = {}
+    kinds: dict[str, dict[str, float]] = {}
     sent: dict[str, float] = {}
     for one in collectives(program, layout.mesh):
         along = SLICES if one.across_slices else "+".join(one.axes)
-        kind = by_kind.setdefault(one.kind, {})
+        kind = kinds.setdefault(one.kind, {})
         kind[along] = kind.get(along, 0.0) + one.bytes * one.count
         sent[along] = sent.get(along, 0.0) + one.bytes * one.count
-    if unknown_loops := [loop.name for loop in loops(program) if loop.trips is None]:
-        report["notes"] += (
-            f"loops whose length the program does not tell, counted once: {unknown_loops}",
-        )
-    report |= {
-        "fits": memory is None or total <= memory,
+    notes = report.notes
+    if unknown := [loop.name for loop in loops(program) if loop.trips is None]:
+        notes += (f"loops whose length the program does not tell, counted once: {unknown}",)
+    found = {
+        "fits": report.memory is None or total <= report.memory,
         "bytes_per_device": total,
         "temporary_bytes": sizes.temp_size_in_bytes,
-        "collective_bytes": by_kind,
-        "collective_seconds_by_axis": {},
+        "collective_bytes": kinds,
+        "notes": notes,
     }
-    if topology.hardware is not None:
-        rates = {**axis_bandwidths(layout.mesh, topology), SLICES: topology.hardware.network}
-        report |= roofline(
-            topology.hardware,
-            devices,
-            hardware_flops=hardware_flops,
-            model_flops=model_flops,
-            memory_bytes=hbm_bytes(program),
-            sent=sent,
-            rates=rates,
-            tokens=report["tokens"],
-            steps=steps,
-        )
-    return Report(**{**unknown, **report})
+    if topology.hardware is None:
+        return found
+    return found | roofline(
+        topology.hardware,
+        report.devices,
+        hardware_flops=report.hardware_flops_per_step,
+        model_flops=report.model_flops_per_step,
+        memory_bytes=hbm_bytes(program),
+        sent=sent,
+        rates={**axis_bandwidths(layout.mesh, topology), SLICES: topology.hardware.network},
+        tokens=report.tokens,
+        steps=report.schedule_steps,
+    )
 
 
 def roofline(
