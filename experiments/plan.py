@@ -22,7 +22,6 @@ A real run lands between the two at best.
 import argparse
 import dataclasses
 import importlib
-import itertools
 import json
 import math
 import os
@@ -141,52 +140,75 @@ def planned(experiment, settings, topology):
 
 
 def sweep(experiment, settings, topology, progress) -> list[tuple[str, object]]:
-    """(what was tried, its report), the fastest first and what does not fit last.
-
-    What follows the first fit of a mesh would be slower, but for `matmuls` after `none`: to store
-    less may cost less than to compute it again.
-    """
+    """(what was tried, its report), the fastest first and what does not fit last."""
     from lmjax.sharding.strategies import MeshOptions
 
-    slices, count = settings.mesh.slices, len(topology.devices)
+    slices, each = settings.mesh.slices, len(topology.devices) // settings.mesh.slices
     meshes = [("dp", MeshOptions(slices=slices)), ("fsdp", MeshOptions(slices=slices))]
-    for ways, activations in itertools.product(TENSOR_WAYS, ("whole", "length")):
-        if count // slices % ways == 0:
-            options = MeshOptions(model=ways, slices=slices, activations=activations)
-            meshes.append(("fsdp_tp", options))
+    for ways in TENSOR_WAYS:
+        if each % ways == 0:
+            meshes.append(("fsdp_tp", MeshOptions(model=ways, slices=slices)))
     found = []
-    for strategy, mesh in progress.track(meshes, description=f"plans for {topology.name}"):
+    task = progress.add_task(f"plans for {topology.name}", total=len(meshes) + 1)
+    for strategy, mesh in meshes:
+        found += attempts(experiment, settings, topology, strategy, mesh, progress.console)
+        progress.advance(task)
+    # Activations divided too, where that may help: beside the best tensor parallelism.
+    tensor = [one for one in ranked(found) if one[1].mesh["model"] > 1][:1]
+    for _, report in tensor:
+        for activations in ("width", "length"):
+            mesh = MeshOptions(model=report.mesh["model"], slices=slices, activations=activations)
+            found += attempts(experiment, settings, topology, "fsdp_tp", mesh, progress.console)
+    progress.advance(task)
+    return ranked(found)
+
+
+def ranked(found: list[tuple[str, object]]) -> list[tuple[str, object]]:
+    """Ties, where computation binds, are broken by the collectives that it has to hide."""
+
+    def badness(one):
+        report = one[1]
+        exposed = report.step_seconds_exposed or report.bytes_per_device
+        return not report.fits, float(f"{report.step_seconds or 0:.3g}"), exposed
+
+    return sorted(found, key=badness)
+
+
+def attempts(experiment, settings, topology, strategy, mesh, console) -> list[tuple[str, object]]:
+    """Plans for one mesh, of less and less memory until one fits.
+
+    `matmuls` follows `none` even if that fits: to store less may cost less than to compute again.
+    """
+    found, remat, pieces = [], REMATS[0], settings.fit.microbatches
+    while True:
+        words = f"{strategy}, {mesh_words(mesh)}remat {remat}"
+        words += f", {pieces} micro-batches" if pieces > 1 else ""
+        tried = dataclasses.replace(
+            settings,
+            strategy=strategy,
+            mesh=mesh,
+            execution=dataclasses.replace(settings.execution, remat=remat),
+            fit=dataclasses.replace(settings.fit, microbatches=pieces),
+        )
         try:
-            for words, remat, pieces in frugalities(settings):
-                tried = dataclasses.replace(
-                    settings,
-                    strategy=strategy,
-                    mesh=mesh,
-                    execution=dataclasses.replace(settings.execution, remat=remat),
-                    fit=dataclasses.replace(settings.fit, microbatches=pieces),
-                )
-                report = planned(experiment, tried, topology)
-                found.append((f"{strategy}, {mesh_words(mesh)}{words}", report))
-                if report.state_bytes > (report.memory or math.inf):
-                    break
-                if report.fits and remat != "none":
-                    break
+            report = planned(experiment, tried, topology)
         except ValueError as error:
-            progress.console.print(f"{strategy}, {mesh_words(mesh)}: {error}", highlight=False)
-    return sorted(found, key=lambda one: (not one[1].fits, one[1].step_seconds or 0, cost(one[1])))
-
-
-def frugalities(settings):
-    """(in words, rematerialisation, micro-batches): ways to need less and less memory."""
-    for remat in REMATS:
-        yield f"remat {remat}", remat, settings.fit.microbatches
-    pieces = settings.fit.microbatches
-    while (pieces := pieces * 4) <= settings.batch:
-        yield f"remat full, {pieces} pieces", "full", pieces
-
-
-def cost(report) -> float:
-    return report.step_seconds_exposed or report.bytes_per_device
+            console.print(f"{words}: {error}", highlight=False)
+            return found
+        found.append((words, report))
+        if report.memory is None or report.state_bytes >= report.memory:
+            return found
+        if report.fits:
+            if remat != "none":
+                return found
+            remat = "matmuls"
+            continue
+        room = report.memory - report.state_bytes
+        excess = (report.bytes_per_device - report.state_bytes) / room
+        if remat != "full":
+            remat = "full" if excess > 4 else REMATS[REMATS.index(remat) + 1]
+        else:
+            pieces *= 2 ** max(1, math.ceil(math.log2(max(excess, 1))))
 
 
 def mesh_words(mesh) -> str:
