@@ -6,6 +6,8 @@ of JAX's coordination service, which the first of them keeps; arrays travel betw
 
 import contextlib
 import dataclasses
+import glob
+import importlib.util
 import itertools
 import json
 import os
@@ -82,12 +84,16 @@ def start(options: Distributed) -> str:
             "num_processes": options.processes,
             "process_id": options.process,
         }
-    elif _several_in_environment():
+    elif several_in_environment():
         where = {}  # jax.distributed knows these places itself
     else:
         return ""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**where, initialization_timeout=options.timeout)
+    jax.distributed.initialize(
+        **where,
+        initialization_timeout=options.timeout,
+        shutdown_timeout_seconds=15,  # all is saved by then; if one is missing, it will not come
+    )
     return _joined()
 
 
@@ -98,13 +104,22 @@ def _joined() -> str:
     )
 
 
-def _several_in_environment() -> bool:
-    """Whether this is one of several tasks of SLURM or Open MPI, or a host of a TPU pod slice."""
-    tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    # salloc sets SLURM_NTASKS too; only srun's tasks have a number.
-    inside = "SLURM_PROCID" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
-    hosts = [h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
-    return (tasks > 1 and inside) or len(hosts) > 1
+def several_in_environment() -> bool:
+    """Whether this is one of several tasks of SLURM or Open MPI, or a host with TPUs.
+
+    A TPU VM may be one host of many, which only its metadata server knows; JAX asks it, and nothing
+    else is asked anything.
+    """
+    for count, rank in (
+        ("SLURM_NTASKS", "SLURM_PROCID"),  # salloc sets the first too; only srun's tasks have both
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ):
+        if rank in os.environ and int(os.environ.get(count, 1)) > 1:
+            return True
+    if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return False
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 # --- before jax.distributed, whose own waiting ends the process without saying who is missing

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from lmjax.sharding.multihost import Distributed
+from lmjax.sharding.multihost import Distributed, several_in_environment
 from tests.sharding.test_elastic import ROOT, environment, losses, run
 
 
@@ -89,6 +89,53 @@ def test_a_process_that_does_not_come_is_named(tmp_path):
     assert "no coordinator answered" in results[1][2] and "still waits" in results[1][2]
 
 
+WAITS = """
+import sys
+from lmjax import command_line
+from lmjax.sharding.multihost import Distributed, barrier, gather, start
+coordinator, index = sys.argv[1], int(sys.argv[2])
+start(Distributed(coordinator, 2, index, 60))
+assert gather("names", f"host {index}") == ["host 0", "host 1"]
+barrier("everyone is here")
+if index:
+    sys.stdin.read()  # until the test ends
+else:
+    command_line.run(lambda: barrier("the second meeting", timeout=2))
+"""
+
+
+def test_a_process_that_is_late_for_a_barrier_is_named():
+    coordinator = f"127.0.0.1:{free_port()}"
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS, coordinator, str(index)], cwd=ROOT, text=True,
+            env=environment(1), stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index in range(2)
+    )  # fmt: skip
+    _, errors = first.communicate()
+    second.kill()
+    second.communicate()
+    assert first.returncode != 0
+    assert "process 1 did not come to 'the second meeting' within 2 s" in errors
+
+
+def test_tasks_of_slurm_find_each_other(tmp_path, undisturbed):
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.sharding.run", str(tmp_path), "2", "fsdp"], cwd=ROOT,
+            env={
+                **environment(1), **job, "SLURM_NTASKS": "2", "SLURM_PROCID": str(index),
+                "SLURM_LOCALID": str(index),
+            },
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    assert [process.wait() for process in running] == [0, 0]
+    np.testing.assert_allclose(losses(tmp_path), undisturbed[:2], rtol=2e-5)
+
+
 def test_nobody_answers(tmp_path):
     ((status, _, errors),) = processes(tmp_path, 2, "dp", 2, 1, fates=["absent", ""], timeout=2)
     assert status == 1
@@ -107,3 +154,21 @@ def test_nobody_answers(tmp_path):
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         Distributed(**options)
+
+
+@pytest.mark.parametrize(
+    ("variables", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # salloc, not srun
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, True),
+    ],
+)
+def test_tasks_of_a_cluster_are_recognised(variables, several, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"JAX_PLATFORMS": "cpu", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert several_in_environment() is several
