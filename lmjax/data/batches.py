@@ -190,6 +190,16 @@ def evaluation_batches(
     return batches
 
 
+def joined_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The position of a run from those of its hosts after the same step."""
+    joined: dict[str, Any] = {}
+    for position in positions:
+        for name, value in position.items():
+            # What each host knows of its own shards is put together; the rest is the same.
+            joined[name] = {**joined.get(name, {}), **value} if isinstance(value, dict) else value
+    return joined
+
+
 def assemble(
     rows: Sequence[Sequence[Mapping[str, np.ndarray]]], lengths: Mapping[str, int]
 ) -> Batch:

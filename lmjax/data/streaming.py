@@ -48,10 +48,8 @@ class StreamingBatches:
     """Endless batches from `source`; the same contract as `IndexedBatches`.
 
     A position holds the step and, for each shard that this host reads, where its current block
-    begins. Positions of several hosts are not gathered: each has its own shards only, and a
-    checkpoint keeps the one of the host that writes it. A shard that is missing in a position is
-    read, and tokenized, from its start again: a resumed run of several hosts gets the same batches
-    as one that never stopped, but its other hosts first repeat the work of all steps before.
+    begins; `joined_positions` makes one of those of several hosts. A shard that is missing in it is
+    read, and tokenized, from its start again, which gives the same batches later.
 
     Attributes:
         source, split: where the text comes from.

@@ -86,8 +86,7 @@ def read_text(
         share: which part of every batch, of how many, is this host's: `Layout.share`.
 
     Held-out text is evaluated alike with and without `data.stream`: each host tokenizes as much of
-    its beginning as `eval_batches` take, or all of it. With several hosts, what is read while
-    streaming is gathered nowhere: see `StreamingBatches` for what that means for resuming.
+    its beginning as `eval_batches` take, or all of it.
 
     Raises:
         ValueError, OSError: settings that contradict each other, or text, tokenizer or tokens that

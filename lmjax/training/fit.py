@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.data.batches import Batches
+from lmjax.data.batches import Batches, joined_positions
 from lmjax.sharding.hardware import peak_flops
 from lmjax.sharding.mesh import Layout, activate, check_batch_size, put_batch
-from lmjax.sharding.multihost import StopTogether, agree, first_process_first
+from lmjax.sharding.multihost import StopTogether, agree, first_process_first, gather
 from lmjax.sharding.strategies import PMAP
 from lmjax.tasks.task import Batch, Params, Scalars, Task
 from lmjax.training.checkpoints import (
@@ -438,7 +438,8 @@ class Loop:
                 self.reporter.log(step, metrics)
 
     def _save(self, state: TrainState, step: int, metrics: dict[str, float] | None = None) -> None:
-        info = {"position": self.feed.position, "skipped": self.guard.skipped}
+        position = joined_positions(gather("position", self.feed.position))
+        info = {"position": position, "skipped": self.guard.skipped}
         self.checkpoints.save(step, state, info, metrics)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lmjax.data import streaming
+from lmjax.data.batches import joined_positions
 from lmjax.data.streaming import StreamingBatches
 from lmjax.objectives.span_corruption import span_corruption, span_corruption_lengths
 
@@ -94,10 +95,7 @@ def test_hosts_read_the_rows_of_one_global_batch(hosts):
     parts = [take(make(process_index=i, process_count=hosts), 12) for i in range(hosts)]
     for (batch, position), *host_batches in zip(whole, *parts, strict=True):
         assert_same({k: np.concatenate([b[k] for b, _ in host_batches]) for k in batch}, batch)
-        shards = {}
-        for _, host_position in host_batches:
-            shards |= host_position["shards"]
-        assert shards == position["shards"]
+        assert joined_positions([own for _, own in host_batches]) == position
 
 
 def test_a_position_of_fewer_shards_resumes_alike():
