@@ -140,7 +140,7 @@ def planned(experiment, settings, topology):
 
 
 def sweep(experiment, settings, topology, progress) -> list[tuple[str, object]]:
-    """(what was tried, its report), the fastest first and what does not fit last."""
+    """(what was tried, its report), the best first and what does not fit last."""
     from lmjax.sharding.strategies import MeshOptions
 
     slices, each = settings.mesh.slices, len(topology.devices) // settings.mesh.slices
@@ -164,12 +164,13 @@ def sweep(experiment, settings, topology, progress) -> list[tuple[str, object]]:
 
 
 def ranked(found: list[tuple[str, object]]) -> list[tuple[str, object]]:
-    """Ties, where computation binds, are broken by the collectives that it has to hide."""
+    """By the middle between collectives hidden and exposed; what does not fit by its memory."""
 
     def badness(one):
         report = one[1]
-        exposed = report.step_seconds_exposed or report.bytes_per_device
-        return not report.fits, float(f"{report.step_seconds or 0:.3g}"), exposed
+        if not report.fits or report.step_seconds is None:
+            return not report.fits, report.bytes_per_device
+        return False, report.step_seconds + report.step_seconds_exposed
 
     return sorted(found, key=badness)
 

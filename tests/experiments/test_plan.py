@@ -57,11 +57,14 @@ def test_gpus_borrow_a_program(tmp_path, small):
 
 def test_plans_are_ranked(tmp_path):
     found, printed = report(
-        tmp_path / "sweep.json", "t5_pretrain", "--topology", "v5e:2x2", "--sweep"
-    )
+        tmp_path / "sweep.json", "t5_pretrain", "--topology", "v5e:1x2", "--sweep",
+        "--markdown", tmp_path / "best.md",
+    )  # fmt: skip
     assert {"dp", "fsdp", "fsdp_tp"} == {one["strategy"] for one in found}
-    times = [one["step_seconds"] for one in found]
-    assert times == sorted(times)
+    middles = [one["step_seconds"] + one["step_seconds_exposed"] for one in found]
+    assert middles == sorted(middles)
+    *_, best = (tmp_path / "best.md").read_text().splitlines()
+    assert best.startswith("|  | 2 x v5e:1x2 | ")
     assert "collectives hidden / exposed" in printed
 
 
