@@ -237,7 +237,7 @@ def memory_errors_said_plainly(batch_size: int, microbatches: int) -> Iterator[N
             f"a device ran out of memory{_asked_for(str(error))} with a batch of {batch_size} rows"
             f" in {microbatches} micro-batch(es) over {jax.device_count()} device(s): choose a"
             " smaller batch, more fit.microbatches (the gradient stays the same), execution.remat"
-            " full or a smaller model"
+            " full, strategy fsdp on several devices, or a smaller model"
         ) from error
 
 

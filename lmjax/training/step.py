@@ -110,10 +110,9 @@ def accumulate(
         return value, metrics, extra, gradients
 
     def add(carry, inputs):
-        extra, total = carry
+        extra, before = carry
         (value, (metrics, extra)), gradients = gradient(state.params, extra, *inputs)
-        total = jax.tree.map(jnp.add, total, gradients)
-        return (extra, total), (value, metrics)
+        return (extra, jax.tree.map(jnp.add, before, gradients)), (value, metrics)
 
     inputs = split(batch, microbatches), jax.random.split(key, microbatches)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -193,7 +192,11 @@ def prepare(
     microbatches: int = 1,
     averaging: Averaging | None = None,
 ) -> Prepared:
-    """The step of this task and optimizer, and its state, as `layout` divides it."""
+    """The step of this task and optimizer, and its state, as `layout` divides it.
+
+    Raises:
+        ValueError: strategy pmap for what it cannot do.
+    """
     params, axes = abstract_parameters(task)
     transformation = optimizer.transformation(axes, task.labels(params))
     build = functools.partial(init_state, task, transformation, averaging is not None, seed)
@@ -213,10 +216,10 @@ def prepare(
         averaging=averaging,
         replicas=REPLICAS if layout.strategy is PMAP else None,
     )
-    if layout.strategy is PMAP and jax.tree.leaves(shapes.extra):
+    if layout.strategy is PMAP and (jax.tree.leaves(shapes.extra) or jax.process_count() > 1):
         raise ValueError(
-            "strategy pmap does not carry a task's extra arrays from step to step: choose dp, which"
-            " divides the same things"
+            "strategy pmap is for one process, and for tasks without extra arrays to carry along:"
+            " choose dp, which divides the same things"
         )
     return Prepared(step, build, target)
 
@@ -230,7 +233,7 @@ def lower_step(prepared: Prepared, batch: Batch, layout: Layout) -> jax.stages.L
             in_axes=(None, 0),
             out_axes=None,
             donate_argnums=0,
-            devices=None if jax.process_count() > 1 else list(layout.mesh.devices.flat),
+            devices=list(layout.mesh.devices.flat),
         )
         return jitted.lower(prepared.target, batch)
     jitted = jax.jit(

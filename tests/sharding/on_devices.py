@@ -13,8 +13,11 @@ import numpy as np
 
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
+from lmjax.sharding.hlo import collectives, parse_hlo
 from lmjax.sharding.mesh import activate, put_batch
+from lmjax.sharding.planning import plan_step
 from lmjax.sharding.strategies import MeshOptions
+from lmjax.sharding.topology import Topology
 from lmjax.tasks.seq2seq import Seq2Seq
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import bytes_per_device
@@ -108,6 +111,38 @@ def train(task, optimizer, rows, strategy, options, devices, microbatches=1) -> 
     }
 
 
+def planned_beside_executed(task, optimizer, rows, strategy, options) -> dict:
+    """What a plan says of a step, and what the program that is executed says."""
+    layout = arrange(task, optimizer, ROWS, strategy=strategy, options=options)
+    prepared = prepare(task, optimizer, layout, seed=1)
+    report = plan_step(
+        prepared,
+        {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in rows.items()},
+        layout,
+        Topology("cpu:8", jax.devices(), None, "cpu:8"),
+        model_flops=1.0,
+        steps=1,
+    )
+    with activate(layout):
+        state = jax.jit(prepared.build, out_shardings=shardings(prepared.target))(None)
+        batch = put_batch(rows, layout.batch)
+        step = lower_step(prepared, batch, layout).compile()
+        state, outcome = step(state, batch)
+    sent = sum(one.bytes * one.count for one in collectives(parse_hlo(step.as_text()), layout.mesh))
+    sizes = step.memory_analysis()
+    return {
+        "sent": [sum(sum(axes.values()) for axes in report.collective_bytes.values()), sent],
+        "bytes": [
+            report.bytes_per_device,
+            sizes.temp_size_in_bytes + bytes_per_device((state, batch)),
+        ],
+        "flops": [
+            report.hardware_flops_per_step,
+            task.flops({k: v.shape for k, v in rows.items()}),
+        ],
+    }
+
+
 def main() -> None:
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # read at the first use
     jax.config.update("jax_platforms", "cpu")
@@ -116,6 +151,7 @@ def main() -> None:
     results["fsdp_tp, accumulated"] = train(
         task, optimizer, rows, *LAYOUTS["fsdp_tp"], microbatches=2
     )
+    results["planned"] = planned_beside_executed(task, optimizer, rows, *LAYOUTS["fsdp_tp"][:2])
     print(json.dumps(results))
 
 

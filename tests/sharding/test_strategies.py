@@ -25,8 +25,12 @@ from lmjax.sharding.strategies import (
     mesh_shape,
 )
 from lmjax.tasks.seq2seq import Seq2Seq
+from lmjax.training.optimizers import AdamW
+from lmjax.training.schedules import Constant
 from lmjax.training.state import abstract_parameters
+from lmjax.training.step import arrange, prepare
 from tests.sharding.on_devices import LAYOUTS, MODELS
+from tests.training.toy import Regression
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,11 +41,12 @@ def trained(request):
     command = [sys.executable, "-m", "tests.sharding.on_devices", request.param]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return request.param, json.loads(done.stdout)
+    results = json.loads(done.stdout)
+    return request.param, results, results.pop("planned")
 
 
 def test_every_layout_trains_as_one_device_does(trained):
-    model, results = trained
+    model, results, _ = trained
     alone = results["one device"]
     assert len(results) > len(LAYOUTS) - 1
     for name, result in results.items():
@@ -50,8 +55,17 @@ def test_every_layout_trains_as_one_device_does(trained):
     assert alone["losses"][-1] < 0.9 * alone["losses"][0]
 
 
+def test_a_plan_is_what_is_executed(trained):
+    """FLOPs against the formula: remat full computes products again, and chunks are padded."""
+    model, _, planned = trained
+    assert planned["sent"][0] == planned["sent"][1] > 0
+    assert planned["bytes"][0] == pytest.approx(planned["bytes"][1], rel=0.1)
+    ratio = planned["flops"][0] / planned["flops"][1]
+    assert (1.1 if model == "t5-1.1" else 1.0) <= ratio < (1.4 if model == "t5-1.1" else 1.1)
+
+
 def test_models_constrain_their_activations(trained):
-    model, results = trained
+    model, results, _ = trained
     for name in ("dp", "fsdp, replicated", "fsdp_tp, length"):
         assert results[name]["constraints"] > 10, name
     for name in ("one device", "pmap"):
@@ -59,7 +73,7 @@ def test_models_constrain_their_activations(trained):
 
 
 def test_divided_parameters_take_their_part_of_the_memory(trained):
-    model, results = trained
+    model, results, _ = trained
     if model == "t5-odd":
         pytest.skip("nothing in it divides")
     whole, optimizer = results["one device"]["params"], results["one device"]["optimizer"]
@@ -195,3 +209,14 @@ def test_slices_divide_the_batch_only():
 def test_the_automatic_choice(need, devices, chosen, reason):
     strategy, why = choose(need, devices)
     assert strategy is chosen and reason in why
+
+
+def test_pmap_refuses_what_it_cannot_do(monkeypatch):
+    task, optimizer, _ = MODELS["t5"]
+    layout = arrange(task, optimizer, 8, strategy="pmap", devices=jax.devices()[:1])
+    prepare(task, optimizer, layout)
+    with pytest.raises(ValueError, match="pmap is for one process, .* choose dp"):
+        prepare(Regression(), AdamW(Constant(0.1)), layout)  # its `extra` counts rows
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="pmap is for one process"):
+        prepare(task, optimizer, layout)
