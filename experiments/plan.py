@@ -92,12 +92,17 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
             rank(found, console)
             reports += [report for _, report in found]
             best.append((preset or "", *found[0]))
-            if own.markdown is not None:  # as far as it has come
-                own.markdown.write_text(markdown(best))
+            write(own, reports, best)  # as far as it has come
+    write(own, reports, best)
+
+
+def write(own: argparse.Namespace, reports: list, best: list[tuple[str, str, object]]) -> None:
     if own.json is not None:
         content = [dataclasses.asdict(report) for report in reports]
         text = json.dumps(content if len(content) > 1 else content[0], indent=2)
         own.json.write_text(text + "\n")
+    if own.markdown is not None and best:
+        own.markdown.write_text(markdown(best))
 
 
 def find_experiment(name: str):
@@ -153,6 +158,8 @@ def sweep(experiment, settings, topology, progress) -> list[tuple[str, object]]:
     for strategy, mesh in meshes:
         found += attempts(experiment, settings, topology, strategy, mesh, progress.console)
         progress.advance(task)
+        if found and settled(ranked(found)[0][1]):
+            return ranked(found)
     # Activations divided too, where that may help: beside the best tensor parallelism.
     tensor = [one for one in ranked(found) if one[1].mesh["model"] > 1][:1]
     for _, report in tensor:
@@ -161,6 +168,17 @@ def sweep(experiment, settings, topology, progress) -> list[tuple[str, object]]:
             found += attempts(experiment, settings, topology, "fsdp_tp", mesh, progress.console)
     progress.advance(task)
     return ranked(found)
+
+
+def settled(report) -> bool:
+    """Whether no other division of the model can gain much: the devices hardly wait for each other
+    and compute hardly anything twice."""
+    return (
+        report.fits
+        and report.step_seconds is not None
+        and report.collective_seconds <= 0.05 * report.step_seconds
+        and report.hardware_flops_per_step <= 1.1 * report.model_flops_per_step
+    )
 
 
 def ranked(found: list[tuple[str, object]]) -> list[tuple[str, object]]:

@@ -7,7 +7,7 @@ Nothing pickled is ever opened. Format: https://huggingface.co/docs/safetensors,
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import huggingface_hub
@@ -15,6 +15,8 @@ import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16, which safetenso
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from lmjax.data.cache import atomic_directory
 
 CONFIG = "config.json"
 WHOLE = "model.safetensors"
@@ -26,6 +28,8 @@ DOWNLOADED = (
     INDEX,
     "spiece.model",
     "tokenizer*",
+    "vocab.*",
+    "merges.txt",
 )
 FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -122,6 +126,9 @@ class Tensors:
     def keys(self) -> set[str]:
         return set(self._files)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._files[key][1].get_slice(key).get_shape())
+
     def read(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor as float32.
 
@@ -187,6 +194,29 @@ def write_tensors(
         "weight_map": {key: names[number] for key, number in weights.items()},
     }
     write_json(directory / INDEX, index)
+
+
+def write_pretrained(
+    directory: str | os.PathLike,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    contents: Mapping[str, dict],
+    tokenizer_files: Mapping[str, bytes],
+    shard_bytes: int,
+) -> None:
+    """A whole directory of JSON `contents`, tensors and a tokenizer's files, or nothing.
+
+    Raises:
+      FileExistsError: the directory is there and not empty.
+    """
+    directory = Path(directory)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+    with atomic_directory(directory) as temporary:
+        write_tensors(temporary, tensors, shard_bytes)
+        for name, content in contents.items():
+            write_json(temporary / name, content)
+        for name, data in tokenizer_files.items():
+            (temporary / name).write_bytes(data)
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:

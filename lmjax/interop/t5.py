@@ -6,24 +6,23 @@ published families load and everything else is refused by name.
 """
 
 import os
-from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import sentencepiece
 
-from lmjax.data.cache import atomic_directory
 from lmjax.data.tokenizers import SentencePieceTokenizer
+from lmjax.interop import mapping
+from lmjax.interop.mapping import Source, Table
 from lmjax.interop.safetensors import (
     CONFIG,
     Tensors,
     local_directory,
     read_json,
-    write_json,
-    write_tensors,
+    write_pretrained,
 )
 from lmjax.models.layers import unboxed
 from lmjax.models.t5 import PRESETS, T5, T5Config
@@ -131,17 +130,7 @@ def config_to_json(config: T5Config) -> dict[str, Any]:
 # --- parameters
 
 
-class Source(NamedTuple):
-    """Where a parameter is in a file: `{}` in the key is the layer, where the parameter is stacked.
-
-    Kernels are transposed: torch stores [out, in].
-    """
-
-    key: str
-    transposed: bool = False
-
-
-def sources(config: T5Config) -> dict[str, Source]:
+def sources(config: T5Config) -> Table:
     """The key of every parameter, by its path in our tree; both directions follow this table."""
     attention = {"query": "q", "key": "k", "value": "v", "out": "o"}
     gated = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
@@ -179,38 +168,20 @@ def import_params(config: T5Config, tensors: Tensors):
     Raises:
       ValueError: tensors are missing, left over, or of another shape than `config` says.
     """
-    table, keys = sources(config), tensors.keys()
-    present = [key for key in EMBEDDINGS if key in keys]
+    table = sources(config)
+    present = [key for key in EMBEDDINGS if key in tensors.keys()]
     if present:
         table["embedding"] = Source(present[0])
     copies = {*present[1:], "lm_head.weight"} if config.tied else set(present[1:])
-
-    wanted = {
-        key
-        for path, source in table.items()
-        for key in [source.key.format(layer) for layer in range(_layers(config, path))]
-    }
-    _refuse(wanted - keys, f"{tensors.directory} lacks", "which its config calls for")
-    left = keys - wanted - copies - {UNUSED}
-    _refuse(left, f"{tensors.directory} holds", "which a T5 of its config has no place for")
-
-    def read(path, parameter) -> np.ndarray:
-        key, transposed = table[_name(path)]
-        if "{}" not in key:
-            return tensors.read(key, parameter.shape)
-        array = np.empty(parameter.shape, np.float32)
-        for layer, into in enumerate(array):
-            into = into.T if transposed else into
-            into[:] = tensors.read(key.format(layer), into.shape)
-        return array
-
-    params = jax.tree_util.tree_map_with_path(read, parameter_shapes(config))
-    for key in sorted(copies & keys):
-        if not np.array_equal(tensors.read(key, params["embedding"].shape), params["embedding"]):
-            raise ValueError(
-                f"{key} in {tensors.directory} differs from {table['embedding'].key}, but T5 has "
-                "one matrix for both (a T5 1.1 says tie_word_embeddings: false in its config.json)"
-            )
+    params = mapping.import_params(
+        table, parameter_shapes(config), tensors, ignored={*copies, UNUSED}, system="T5"
+    )
+    mapping.refuse_other_copies(
+        tensors,
+        table["embedding"].key,
+        copies,
+        "T5 has one matrix for both (a T5 1.1 says tie_word_embeddings: false in its config.json)",
+    )
     return params
 
 
@@ -220,38 +191,7 @@ def export_tensors(config: T5Config, params) -> Iterator[tuple[str, np.ndarray]]
     Raises:
       ValueError: `params` are not those of `config`.
     """
-    table, shapes = sources(config), _leaves(parameter_shapes(config))
-    leaves = _leaves(params)
-    for name in sorted({*shapes, *leaves}):
-        wanted, found = (tuple(np.shape(t[name])) if name in t else None for t in (shapes, leaves))
-        if wanted != found:
-            raise ValueError(f"params: {name} is {found or 'absent'}, but the config has {wanted}")
-    for name, array in leaves.items():
-        key, transposed = table[name]
-        array = np.asarray(array, np.float32)
-        for layer, one in enumerate(array if "{}" in key else [array]):
-            yield key.format(layer), one.T if transposed else one
-
-
-def _layers(config: T5Config, path: str) -> int:
-    """How many tensors of a file make one parameter."""
-    if "/layers/" not in path:
-        return 1
-    return config.layers if path.startswith("encoder") else config.decoder_layers
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _leaves(tree) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _refuse(keys: Collection[str], before: str, after: str) -> None:
-    if keys:
-        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-        raise ValueError(f"{before} {min(keys)}{more}, {after}")
+    return mapping.export_tensors(sources(config), parameter_shapes(config), params)
 
 
 # --- directories
@@ -303,18 +243,13 @@ def save_pretrained(
       FileExistsError: the directory is there and not empty.
       ValueError: `params` or `tokenizer` do not fit `config`.
     """
-    directory = Path(directory)
+    contents = {CONFIG: config_to_json(config), "generation_config.json": SPECIAL_IDS}
+    files = {}
     if tokenizer is not None:
         check_vocabulary(config, tokenizer)
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()
-    with atomic_directory(directory) as temporary:
-        write_tensors(temporary, export_tensors(config, params), shard_bytes)
-        write_json(temporary / CONFIG, config_to_json(config))
-        write_json(temporary / "generation_config.json", SPECIAL_IDS)
-        if tokenizer is not None:
-            tokenizer.save(temporary / PIECES)
-            write_json(temporary / TOKENIZER_CONFIG, _tokenizer_to_json(tokenizer))
+        files[PIECES] = tokenizer.model
+        contents[TOKENIZER_CONFIG] = _tokenizer_to_json(tokenizer)
+    write_pretrained(directory, export_tensors(config, params), contents, files, shard_bytes)
 
 
 def _tokenizer_to_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:

@@ -5,12 +5,13 @@ Axes: B batch, T query length, S key length, D width, N heads, H head width, I/O
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.sharding.partition import partition
 
@@ -115,6 +116,17 @@ def dense(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Arra
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def affine(
+    module: nn.Module, x: Float[Array, "*rows I"], name: str, init, **axes: int
+) -> Float[Array, "*rows O"]:
+    """`dense` with a kernel and a bias of the module's own, `name` and `name`_bias."""
+    kernel = weight(module, name, init, **axes)
+    (_, (outputs, length)) = axes.items()
+    return dense(x, kernel) + weight(
+        module, f"{name}_bias", nn.initializers.zeros, **{outputs: length}
+    )
+
+
 def dropout(module: nn.Module, x: Array, rate: float) -> Array:
     """Training is being given a "dropout" key; there is no deterministic flag."""
     if rate == 0 or not module.has_rng("dropout"):
@@ -175,6 +187,72 @@ def _blocked_attention(q, k, v, mask, bias, rate, key):
         return _whole_attention(q, k, v, mask, bias, rate, folded)
 
     return jax.lax.map(jax.checkpoint(example), (jnp.arange(batch), q, k, v, mask, own))
+
+
+def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
+    """Tokens see their own segment: text n > 0 of a packed row, or padding (0) among itself."""
+    return (queries[:, :, None] == keys[:, None, :])[:, None]
+
+
+class KeyValue(NamedTuple):
+    """What one attention reads: a decoder's own past, or an encoder's output."""
+
+    keys: Float[Array, "B S N H"]
+    values: Float[Array, "B S N H"]
+
+    def swapped(self) -> "KeyValue":
+        """[B, N, S, H] and back: a decoding state has heads first, to be read without a copy."""
+        return KeyValue(self.keys.swapaxes(1, 2), self.values.swapaxes(1, 2))
+
+    def extended(self, new: "KeyValue", length: Int[Array, " B"]) -> "KeyValue":
+        """Of a decoding state: `new` in place of the positions of each row from its length on."""
+        write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
+        return KeyValue(*(write(*each, length, 1) for each in zip(self, new, strict=True)))
+
+    def settled(self) -> "KeyValue":
+        """The same, with positions and head widths last in memory, whatever the compiler prefers.
+
+        Only so are keys and values rearranged once, and not in every step of a decoding loop.
+        """
+
+        def settle(x):
+            return jax.lax.optimization_barrier(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+        return KeyValue(settle(self.keys), settle(self.values))
+
+
+def all_logits(
+    features: Float[Array, "B T D"], matrix: Float[Array, "V D"]
+) -> Float[Array, "B T V"]:
+    """float32, whatever the type of the activations."""
+    return jnp.einsum("BTD,VD->BTV", features, matrix, preferred_element_type=jnp.float32)
+
+
+def few_rows_logits(
+    features: Float[Array, "B T D"], matrix: Float[Array, "V D"]
+) -> Float[Array, "B T V"]:
+    """`all_logits` of a few rows: vocabulary first, which on CPU reads the matrix a third faster.
+
+    The barrier keeps the compiler from turning the product around again.
+    """
+    logits = jnp.einsum("VD,BTD->VBT", matrix, features, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(jax.lax.optimization_barrier(logits), 0, -1)
+
+
+class LayerNorm(nn.Module):
+    """Ba et al. 2016. Scale, bias and statistics are float32; only the result is cast."""
+
+    epsilon: float
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        scale = weight(self, "scale", nn.initializers.ones, "float32", embed=x.shape[-1])
+        bias = weight(self, "bias", nn.initializers.zeros, "float32", embed=x.shape[-1])
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.epsilon)
+        return (normed * scale + bias).astype(self.execution.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -19,18 +19,21 @@ import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.models.layers import (
     Execution,
+    KeyValue,
     RMSNorm,
+    all_logits,
     attention,
     constrain,
     dense,
     dropout,
+    few_rows_logits,
+    same_segment,
     stack,
     unstacked,
     weight,
@@ -119,28 +122,6 @@ PRESETS = {
     **{f"v1_1-{size}": config for size, config in _V1_1.items()},
     **{f"mt5-{size}": dataclasses.replace(config, vocab=250_112) for size, config in _V1_1.items()},
 }
-
-
-class KeyValue(NamedTuple):
-    """What one attention reads: the decoder's own past, or the encoder's output."""
-
-    keys: Float[Array, "B S N H"]
-    values: Float[Array, "B S N H"]
-
-    def swapped(self) -> "KeyValue":
-        """[B, N, S, H] and back: a decoding state has heads first, to be read without a copy."""
-        return KeyValue(self.keys.swapaxes(1, 2), self.values.swapaxes(1, 2))
-
-    def settled(self) -> "KeyValue":
-        """The same, with positions and head widths last in memory, whatever the compiler prefers.
-
-        Only so are keys and values rearranged once, and not in every step of a decoding loop.
-        """
-
-        def settle(x):
-            return jax.lax.optimization_barrier(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
-
-        return KeyValue(settle(self.keys), settle(self.values))
 
 
 class LayerState(NamedTuple):
@@ -321,7 +302,7 @@ class DecoderLayer(nn.Module):
         """The next T positions of each row, after the `length` that its past holds."""
         normed = self.attention_norm(x)
         new = self.attention.read(normed).swapped()
-        past = KeyValue(*(write_rows(*each, length) for each in zip(state.past, new, strict=True)))
+        past = state.past.extended(new, length)
         own, memory = past.swapped(), state.memory.swapped()
         x = self.attend(x, normed, own, memory, mask, cross_mask, bias)
         return x, LayerState(past, state.memory)
@@ -333,13 +314,6 @@ class DecoderLayer(nn.Module):
         x = x + dropout(self, self.cross_attention(normed, memory, cross_mask, None), rate)
         x = x + dropout(self, self.feed_forward(self.feed_forward_norm(x)), rate)
         return constrain(x, "batch", "activation_length", "activation_embed")
-
-
-def write_rows(
-    buffer: Float[Array, "B N S H"], new: Float[Array, "B N T H"], start: Int[Array, " B"]
-) -> Float[Array, "B N S H"]:
-    """`new` in place of the T positions of each row from its own `start` on."""
-    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(buffer, new, start, 1)
 
 
 class Encoder(nn.Module):
@@ -381,11 +355,6 @@ class Decoder(nn.Module):
         causal = same_segment(segments, segments) & (positions <= positions[:, None])
         x, _ = self.layers(x, encoded, causal, same_segment(segments, encoded_segments), bias)
         return dropout(self, self.final_norm(x), self.config.dropout)
-
-
-def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
-    """Tokens see their own segment: text n > 0 of a packed row, or padding (0) among itself."""
-    return (queries[:, :, None] == keys[:, None, :])[:, None]
 
 
 class T5(nn.Module):
@@ -454,9 +423,7 @@ class T5(nn.Module):
         return self.embedding if self.config.tied else self.output
 
     def logits(self, features: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return jnp.einsum(
-            "BTD,VD->BTV", features, self.output_matrix(), preferred_element_type=jnp.float32
-        )
+        return all_logits(features, self.output_matrix())
 
 
 def start_decoding(
@@ -520,14 +487,3 @@ def extender(model: T5, params):
         return logits, DecodingState(tuple(layers), state.length + tokens.shape[1], state.visible)
 
     return extend
-
-
-def few_rows_logits(
-    features: Float[Array, "B T D"], matrix: Float[Array, "V D"]
-) -> Float[Array, "B T V"]:
-    """`T5.logits` of a few rows: vocabulary first, which on CPU reads the matrix a third faster.
-
-    The barrier keeps the compiler from turning the product around again.
-    """
-    logits = jnp.einsum("VD,BTD->VBT", matrix, features, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(jax.lax.optimization_barrier(logits), 0, -1)

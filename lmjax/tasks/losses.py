@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lmjax.models.layers import parallel_devices
+from lmjax.tasks.task import Batch, Scalars
 
 
 class _Settings(NamedTuple):
@@ -91,6 +92,44 @@ def cross_entropy(
     settings = _Settings(z_loss, label_smoothing, valid_rows, chunks)
     sums = _cross_entropy(features, matrix, targets, weights.astype(jnp.float32), settings)
     return sums.pop("loss"), jax.lax.stop_gradient(sums)
+
+
+def token_loss(
+    features: Float[Array, "B T D"],
+    matrix: Float[Array, "V D"],
+    batch: Batch,
+    normalizers: Scalars,
+    z_loss: float,
+    label_smoothing: float,
+) -> tuple[Float[Array, ""], Scalars]:
+    """The cross-entropy of a batch's `targets`, by their `loss_weights`, and its metrics.
+
+    All are sums over these tokens divided by `normalizers["tokens"]`.
+    """
+    total, sums = cross_entropy(
+        features,
+        matrix,
+        batch["targets"],
+        batch["loss_weights"],
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+    )
+    tokens = normalizers["tokens"]
+    metrics = {
+        "nll": sums["nll"] / tokens,
+        "z_loss": sums["z_loss"] / tokens,
+        "accuracy": sums["correct"] / tokens,
+    }
+    return total / tokens, metrics
+
+
+def check_regularisers(z_loss: float, label_smoothing: float) -> None:
+    """Raises ValueError for coefficients that `cross_entropy` has no use for."""
+    if not (0 <= z_loss < math.inf and 0 <= label_smoothing < 1):
+        raise ValueError(
+            f"z_loss is {z_loss} and label_smoothing {label_smoothing}: expected"
+            " 0 <= z_loss and 0 <= label_smoothing < 1"
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

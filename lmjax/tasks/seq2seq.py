@@ -1,15 +1,14 @@
 """Sequence to sequence: read `inputs`, predict `targets` token by token (T5, BART, Meena)."""
 
 import dataclasses
-import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lmjax.models.layers import unboxed
-from lmjax.tasks.losses import cross_entropy
+from lmjax.tasks.losses import check_regularisers, token_loss
+from lmjax.tasks.task import decay_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +26,7 @@ class Seq2Seq:
     """Probability that the smoothed target spreads over the other entries of the vocabulary."""
 
     def __post_init__(self):
-        if not (0 <= self.z_loss < math.inf and 0 <= self.label_smoothing < 1):
-            raise ValueError(
-                f"z_loss is {self.z_loss} and label_smoothing {self.label_smoothing}: expected"
-                " 0 <= z_loss and 0 <= label_smoothing < 1"
-            )
+        check_regularisers(self.z_loss, self.label_smoothing)
 
     def init(self, rng):
         token = jnp.zeros((1, 1), jnp.int32)
@@ -54,21 +49,10 @@ class Seq2Seq:
             rngs=rngs,
         )
         matrix = self.model.apply(variables, method="output_matrix")
-        total, sums = cross_entropy(
-            features,
-            matrix,
-            batch["targets"],
-            batch["loss_weights"],
-            z_loss=self.z_loss,
-            label_smoothing=self.label_smoothing,
+        total, metrics = token_loss(
+            features, matrix, batch, normalizers, self.z_loss, self.label_smoothing
         )
-        tokens = normalizers["tokens"]
-        metrics = {
-            "nll": sums["nll"] / tokens,
-            "z_loss": sums["z_loss"] / tokens,
-            "accuracy": sums["correct"] / tokens,
-        }
-        return total / tokens, (metrics, extra)
+        return total, (metrics, extra)
 
     def evaluate(self, params, extra, batch, normalizers):
         """`loss` here is the negative log-likelihood per token, in nats, without regularisers."""
@@ -76,17 +60,11 @@ class Seq2Seq:
         return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}
 
     def labels(self, params):
-        """Norm scales and biases, vectors within their layer, are not decayed."""
-        return jax.tree.map_with_path(_label, params)
+        return decay_labels(params)
 
     def flops(self, batch_shapes):
         (rows, inputs), (_, targets) = batch_shapes["inputs"], batch_shapes["targets"]
         return self.model.config.training_flops(rows, inputs, targets)
-
-
-def _label(path, param) -> str:
-    name = jax.tree_util.keystr(path[-1:], simple=True)
-    return "no_decay" if name in ("scale", "bias") or name.endswith("_bias") else "decay"
 
 
 def shift_right(

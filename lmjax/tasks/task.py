@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Params = dict[str, Any]  # a nested dict of arrays
@@ -67,3 +68,13 @@ class Workload(NamedTuple):
     optimizer: Any
     batch: Mapping[str, Any]
     """The shapes of the global batch's arrays."""
+
+
+def decay_labels(params: Params) -> Any:
+    """Norm scales and biases, vectors within their layer, are "no_decay", all others "decay"."""
+
+    def label(path, param) -> str:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return "no_decay" if name in ("scale", "bias") or name.endswith("_bias") else "decay"
+
+    return jax.tree.map_with_path(label, params)

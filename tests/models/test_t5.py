@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from lmjax.models.layers import Execution, stacked, unboxed, unstacked
+from lmjax.models.layers import Execution, same_segment, stacked, unboxed, unstacked
 from lmjax.models.t5 import (
     PRESETS,
     T5,
@@ -18,7 +18,6 @@ from lmjax.models.t5 import (
     EncoderLayer,
     T5Config,
     relative_position_bucket,
-    same_segment,
 )
 
 TINY = T5Config(

@@ -1,0 +1,131 @@
+"""Parameters to and from the tensors of a Hugging Face file, by one table per model.
+
+A table says of every parameter, named by its path in our tree, where it is in a file. Both
+directions follow it.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lmjax.interop.safetensors import Tensors
+
+
+class Source(NamedTuple):
+    """Where a parameter is in a file."""
+
+    key: str
+    """`{}` in it is the layer, where the parameter is stacked."""
+    transposed: bool = False
+    """Kernels are, where the file is PyTorch's: it stores [out, in]."""
+    part: tuple[int, int] | None = None
+    """(i, n): the i-th of n equal parts of the tensor, along its last axis."""
+
+
+Table = Mapping[str, Source]
+
+
+def import_params(
+    table: Table, shapes: Any, tensors: Tensors, *, ignored: Collection[str] = (), system: str
+) -> Any:
+    """A tree as `shapes`, of float32 NumPy arrays, read one tensor at a time into stacked arrays.
+
+    Args:
+      ignored: keys that a file may hold beside those of the table.
+      system: names the model in errors.
+
+    Raises:
+      ValueError: tensors are missing, left over, or of another shape than `shapes` says.
+    """
+    keys, wanted = tensors.keys(), set()
+    for path, shape in _leaves(shapes).items():
+        wanted |= {key for key, _ in _tensors(table[path], shape)}
+    _refuse(wanted - keys, f"{tensors.directory} lacks", "which its config calls for")
+    left = keys - wanted - set(ignored)
+    article = "an" if system[0] in "AEIOUX" else "a"
+    _refuse(
+        left,
+        f"{tensors.directory} holds",
+        f"which {article} {system} of its config has no place for",
+    )
+
+    def read(path, parameter) -> np.ndarray:
+        source = table[_name(path)]
+        array = np.empty(parameter.shape, np.float32)
+        for key, index in _tensors(source, parameter):
+            into = array[index]
+            into = into.T if source.transposed else into
+            into[...] = _read(tensors, key, into.shape, source.part)
+        return array
+
+    return jax.tree_util.tree_map_with_path(read, shapes)
+
+
+def export_tensors(table: Table, shapes: Any, params: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, float32 array) of every tensor of a file, one at a time.
+
+    Raises:
+      ValueError: `params` are not shaped as `shapes`.
+    """
+    wanted, leaves = _leaves(shapes), _leaves(params)
+    for name in sorted({*wanted, *leaves}):
+        expected, found = (
+            tuple(np.shape(t[name])) if name in t else None for t in (wanted, leaves)
+        )
+        if expected != found:
+            raise ValueError(
+                f"params: {name} is {found or 'absent'}, but the config has {expected}"
+            )
+    done = set()
+    for name in leaves:
+        source = table[name]
+        if source.key in done:
+            continue
+        done.add(source.key)
+        # The parameters that share a tensor, in their order in it.
+        names = sorted((n for n in leaves if table[n].key == source.key), key=lambda n: table[n])
+        arrays = [np.asarray(leaves[n], np.float32) for n in names]
+        for key, index in _tensors(source, arrays[0]):
+            parts = [array[index].T if source.transposed else array[index] for array in arrays]
+            yield key, np.concatenate(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def _tensors(source: Source, parameter: Any) -> Iterator[tuple[str, Any]]:
+    """(key, index into the parameter) of each tensor of a file that makes up a parameter."""
+    if "{}" not in source.key:
+        yield source.key, ...
+        return
+    for layer in range(parameter.shape[0]):
+        yield source.key.format(layer), layer
+
+
+def _read(tensors: Tensors, key: str, shape: tuple[int, ...], part) -> np.ndarray:
+    if part is None:
+        return tensors.read(key, shape)
+    index, count = part
+    whole = tensors.read(key, (*shape[:-1], shape[-1] * count))
+    return np.split(whole, count, axis=-1)[index]
+
+
+def refuse_other_copies(tensors: Tensors, key: str, copies: Collection[str], why: str) -> None:
+    """Raises ValueError if the file holds one of `copies` and it is not what `key` holds."""
+    shape = tensors.shape(key)
+    for copy in sorted(tensors.keys() & set(copies)):
+        if not np.array_equal(tensors.read(copy, shape), tensors.read(key, shape)):
+            raise ValueError(f"{copy} in {tensors.directory} differs from {key}, but {why}")
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _leaves(tree) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _refuse(keys: Collection[str], before: str, after: str) -> None:
+    if keys:
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        raise ValueError(f"{before} {min(keys)}{more}, {after}")
