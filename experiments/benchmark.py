@@ -356,7 +356,8 @@ def data_speeds() -> dict:
     from lmjax.objectives.denoising import SpanCorruption
 
     objective = SpanCorruption()
-    bound = objective.bind(np.arange(32_099, 31_999, -1, dtype=np.int32), eos=1)
+    sentinels = np.arange(32_099, 31_999, -1, dtype=np.int32)
+    bound = objective.bind(types.SimpleNamespace(sentinels=sentinels, eos_id=1))
     tokens = random_tokens(objective.window)
     generator = np.random.default_rng(0)
     seconds = timed(lambda: [bound(tokens, generator) for _ in range(2_000)], 3)

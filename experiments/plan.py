@@ -27,7 +27,6 @@ import math
 import os
 from pathlib import Path
 
-REMATS = ("none", "matmuls", "full")  # from the fastest to the smallest
 TENSOR_WAYS = (2, 4, 8, 16)
 
 
@@ -68,6 +67,7 @@ def main() -> None:
 
 
 def plan(own: argparse.Namespace, rest: list[str]) -> None:
+    import jax
     from rich.console import Console
     from rich.progress import Progress
 
@@ -84,11 +84,12 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
         for name in own.topology:
             topology = find_topology(name, settings.mesh.slices)
             if not own.sweep:
-                reports.append(planned(experiment, settings, topology))
+                reports.append(planned(settings, topology))
                 show(reports[-1], console)
                 continue
             with Progress(console=console, transient=True) as progress:
-                found = sweep(experiment, settings, topology, progress)
+                found = sweep(settings, topology, progress)
+            jax.clear_caches()  # or programs of hundreds of plans pile up
             rank(found, console)
             reports += [report for _, report in found]
             best.append((preset or "", *found[0]))
@@ -109,21 +110,20 @@ def find_experiment(name: str):
     """The module of an experiment that can be planned."""
     folder = Path(__file__).parent
     known = [
-        path.stem for path in sorted(folder.glob("*.py")) if "def workload(" in path.read_text()
+        path.stem for path in sorted(folder.glob("*.py")) if "\nPRESETS = " in path.read_text()
     ]
-    known = [stem for stem in known if stem != Path(__file__).stem]
     if name not in known:
         raise ValueError(f"experiment {name} cannot be planned: those that can are {known}")
     return importlib.import_module(f"experiments.{name}")
 
 
-def planned(experiment, settings, topology):
+def planned(settings, topology):
     """The report of one plan."""
     from lmjax.sharding.planning import plan_step
     from lmjax.training.state import abstract_parameters
     from lmjax.training.step import arrange, prepare
 
-    task, optimizer, batch = experiment.workload(settings, topology.devices)
+    task, optimizer, batch = settings.workload(topology.devices)
     layout = arrange(
         task,
         optimizer,
@@ -144,7 +144,7 @@ def planned(experiment, settings, topology):
     )
 
 
-def sweep(experiment, settings, topology, progress) -> list[tuple[str, object]]:
+def sweep(settings, topology, progress) -> list[tuple[str, object]]:
     """(what was tried, its report), the best first and what does not fit last."""
     from lmjax.sharding.strategies import MeshOptions
 
@@ -156,16 +156,20 @@ def sweep(experiment, settings, topology, progress) -> list[tuple[str, object]]:
     found = []
     task = progress.add_task(f"plans for {topology.name}", total=len(meshes) + 1)
     for strategy, mesh in meshes:
-        found += attempts(experiment, settings, topology, strategy, mesh, progress.console)
+        tried = attempts(settings, topology, strategy, mesh, progress.console)
         progress.advance(task)
-        if found and settled(ranked(found)[0][1]):
-            return ranked(found)
+        found = ranked(found + tried)
+        if found and settled(found[0][1]):
+            return found
+        # Where dividing products further costs more than it saves, still further costs still more.
+        if mesh.model and found[0][1].fits and found[0] not in tried:
+            break
     # Activations divided too, where that may help: beside the best tensor parallelism.
-    tensor = [one for one in ranked(found) if one[1].mesh["model"] > 1][:1]
+    tensor = [one for one in found if one[1].mesh["model"] > 1][:1]
     for _, report in tensor:
         for activations in ("width", "length"):
             mesh = MeshOptions(model=report.mesh["model"], slices=slices, activations=activations)
-            found += attempts(experiment, settings, topology, "fsdp_tp", mesh, progress.console)
+            found += attempts(settings, topology, "fsdp_tp", mesh, progress.console)
     progress.advance(task)
     return ranked(found)
 
@@ -193,12 +197,13 @@ def ranked(found: list[tuple[str, object]]) -> list[tuple[str, object]]:
     return sorted(found, key=badness)
 
 
-def attempts(experiment, settings, topology, strategy, mesh, console) -> list[tuple[str, object]]:
+def attempts(settings, topology, strategy, mesh, console) -> list[tuple[str, object]]:
     """Plans for one mesh, of less and less memory until one fits.
 
-    `matmuls` follows `none` even if that fits: to store less may cost less than to compute again.
+    The first keeps the outputs of products, which is most often the fastest: to store scores too
+    may cost more than to compute them again. Where memory abounds, that is tried beside it.
     """
-    found, remat, pieces = [], REMATS[0], settings.fit.microbatches
+    found, remat, pieces = [], "matmuls", settings.fit.microbatches
     while True:
         words = f"{strategy}, {mesh_words(mesh)}remat {remat}"
         words += f", {pieces} micro-batches" if pieces > 1 else ""
@@ -210,7 +215,7 @@ def attempts(experiment, settings, topology, strategy, mesh, console) -> list[tu
             fit=dataclasses.replace(settings.fit, microbatches=pieces),
         )
         try:
-            report = planned(experiment, tried, topology)
+            report = planned(tried, topology)
         except ValueError as error:
             console.print(f"{words}: {error}", highlight=False)
             return found
@@ -218,15 +223,21 @@ def attempts(experiment, settings, topology, strategy, mesh, console) -> list[tu
         if report.memory is None or report.state_bytes >= report.memory:
             return found
         if report.fits:
-            if remat != "none":
+            recomputed = report.hardware_flops_per_step / report.model_flops_per_step - 1
+            if (
+                remat != "matmuls"
+                or recomputed < 0.03
+                or 3 * report.bytes_per_device > report.memory
+            ):
                 return found
-            remat = "matmuls"
-            continue
-        room = report.memory - report.state_bytes
-        excess = (report.bytes_per_device - report.state_bytes) / room
-        if remat != "full":
-            remat = "full" if excess > 4 else REMATS[REMATS.index(remat) + 1]
+            remat = "none"
+        elif remat == "none":
+            return found
+        elif remat == "matmuls":
+            remat = "full"
         else:
+            room = report.memory - report.state_bytes
+            excess = (report.bytes_per_device - report.state_bytes) / room
             pieces *= 2 ** max(1, math.ceil(math.log2(max(excess, 1))))
 
 

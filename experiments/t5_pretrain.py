@@ -28,73 +28,34 @@ from rich.console import Console
 from rich.markup import escape
 
 from lmjax import command_line
-from lmjax.data.batches import assemble
-from lmjax.data.text import Text, TokenizedText, read_text
+from lmjax.data.text import Text, TokenizedText
 from lmjax.decoding.fill_in import spans_by_sentinel
 from lmjax.decoding.generate import generate
-from lmjax.loading import TOKENIZER, Description, describe
 from lmjax.models import t5
 from lmjax.models.t5 import T5, T5Config
 from lmjax.objectives.denoising import Denoising, IidDenoising, PrefixLM, SpanCorruption
-from lmjax.sharding import multihost
-from lmjax.sharding.multihost import Distributed
-from lmjax.sharding.strategies import MeshOptions, StrategyName
+from lmjax.pretraining import TextRun, optimizer_choices, pretrain
 from lmjax.tasks.seq2seq import Seq2Seq
-from lmjax.tasks.task import Workload
 from lmjax.training.execution import ExecutionOptions
-from lmjax.training.fit import FitOptions, Fitted, fit
-from lmjax.training.optimizers import Adafactor, AdamW
-from lmjax.training.schedules import Constant, Cosine, InverseSquareRoot, Linear
-from lmjax.training.step import arrange
+from lmjax.training.fit import FitOptions
+from lmjax.training.optimizers import Adafactor
+from lmjax.training.schedules import InverseSquareRoot
 
 
-@dataclasses.dataclass(frozen=True)
-class T5Pretrain:
-    """What is trained (these must stay the same when a run is resumed) and how it is run."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Pretrain(TextRun):
+    model_type = "t5"
 
     model: T5Config
     objective: Denoising
-    data: TokenizedText
-    optimizer: Adafactor | AdamW
-    batch: int
-    """Rows of the global batch, over all devices."""
-    seed: int = 0
-    """Of the parameters, the order of the text, its noise and dropout."""
     z_loss: float = 1e-4
     """Weight of logsumexp(logits)^2, which keeps logits from drifting."""
     label_smoothing: float = 0.0
     """Probability taken from the target and spread over all other tokens."""
-    init: str | None = None
-    """Start from these parameters, model and tokenizer: a run's workdir, a Hugging Face directory
-    or repository (google/t5-v1_1-small)."""
 
-    steps: int = 1_000_000
-    """Train until so many steps are done. More of them continue a finished run."""
-    workdir: Path = Path("runs/t5")
-    """Where config.json, metrics.jsonl, loss.png, TensorBoard events and checkpoints go."""
-    eval_batches: int = 8
-    """Held-out batches per evaluation."""
-    workers: int = 0
-    """Processes that prepare batches; 0 is one thread, enough unless steps are very short."""
-    strategy: StrategyName = "auto"
-    """How model and batch are divided over the devices: pmap and dp (the whole model on each), fsdp
-    (parameters divided), tp (products divided), fsdp_tp (both), or what the model's size asks for
-    (auto). It may change when a run is resumed, as may --mesh."""
-    mesh: MeshOptions = MeshOptions()
-    distributed: Distributed = Distributed()
-    execution: ExecutionOptions = ExecutionOptions()
-    fit: FitOptions = FitOptions()
-
-    def __post_init__(self):
-        for name in ("batch", "steps", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}, not 1 or more"
-                )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed is {self.seed}, not between 0 and 2**32 - 1")
-        if self.workers < 0:
-            raise ValueError(f"--workers is {self.workers}, not 0 or more")
+    def task(self, devices: Sequence[jax.Device] | None = None) -> Seq2Seq:
+        model = T5(self.model, self.execution.resolve(devices))
+        return Seq2Seq(model, self.z_loss, self.label_smoothing)
 
 
 MINI = T5Pretrain(
@@ -135,136 +96,22 @@ CHOICES = {
         "iid_denoising": lambda s: IidDenoising(s.objective.inputs_length),
         "prefix_lm": lambda s: PrefixLM(s.objective.inputs_length),
     },
-    "optimizer": {
-        "adafactor": lambda s: Adafactor(s.optimizer.schedule),
-        "adamw": lambda s: AdamW(Cosine(1e-3, horizon=s.steps, warmup=warmup(s))),
-    },
-    "optimizer.schedule": {
-        "inverse_square_root": lambda s: InverseSquareRoot(peak(s) * warmup(s) ** 0.5, warmup(s)),
-        "linear": lambda s: Linear(peak(s), horizon=s.steps, warmup=warmup(s)),
-        "cosine": lambda s: Cosine(peak(s), horizon=s.steps, warmup=warmup(s)),
-        "constant": lambda s: Constant(peak(s) / 10, warmup=warmup(s)),
-    },
+    **optimizer_choices(),
 }
-
-
-def peak(settings: T5Pretrain) -> float:
-    """A usual learning rate; Adafactor's is relative to the size of a parameter."""
-    return 1e-2 if isinstance(settings.optimizer, Adafactor) else 1e-3
-
-
-def warmup(settings: T5Pretrain) -> int:
-    return min(10_000, max(1, settings.steps // 10))
 
 
 def main() -> None:
     settings = command_line.parse(PRESETS, DEFAULT, __doc__, CHOICES)
-    pretrain(settings)
+    pretrain(settings, PRESETS, "t5_pretrain", show_fill_ins)
 
 
-def pretrain(settings: T5Pretrain) -> Fitted:
-    """Trains, or goes on training, and fills in held-out texts at the end."""
-    if joined := multihost.start(settings.distributed):
-        print(joined, flush=True)
-    console = Console(quiet=jax.process_index() > 0)
-    start = None
-    if settings.init is not None:
-        start = describe(settings.init)
-        settings = dataclasses.replace(settings, model=model_of(start, settings))
-    task = task_of(settings)
-    layout = arrange(
-        task,
-        settings.optimizer,
-        settings.batch,
-        microbatches=settings.fit.microbatches,
-        strategy=settings.strategy,
-        options=settings.mesh,
-    )
-    # Hosts may share a cache: the first one fills it.
-    with multihost.first_process_first("text", timeout=24 * 3_600):
-        text = read_text(
-            settings.data,
-            settings.objective,
-            batch=settings.batch,
-            seed=settings.seed,
-            workers=settings.workers,
-            eval_batches=settings.eval_batches,
-            tokenizer=None if start is None else start.tokenizer,
-            rows=settings.model.vocab,
-            share=layout.share,
-        )
-    console.print(escape(text.summary), soft_wrap=True)
-    fitted = fit(
-        task,
-        settings.optimizer,
-        text.batches,
-        steps=settings.steps,
-        workdir=settings.workdir,
-        seed=settings.seed,
-        experiment="t5_pretrain",
-        identity=identity(settings, text),
-        runtime=settings.fit,
-        layout=layout,
-        evaluation=text.evaluation,
-        init=None if start is None else start.load_params,
-        files={TOKENIZER: text.tokenizer.model},
-    )
-    if not fitted.interrupted:
-        show_fill_ins(task.model, fitted.state.evaluated, text, settings.objective, console)
-    return fitted
-
-
-def task_of(settings: T5Pretrain, devices: Sequence[jax.Device] | None = None) -> Seq2Seq:
-    model = T5(settings.model, settings.execution.resolve(devices))
-    return Seq2Seq(model, settings.z_loss, settings.label_smoothing)
-
-
-def workload(settings: T5Pretrain, devices: Sequence[jax.Device]) -> Workload:
-    """What `experiments.plan` compiles for `devices`."""
-    rows = assemble([], settings.objective.lengths)
-    batch = {
-        name: jax.ShapeDtypeStruct((settings.batch, *x.shape[1:]), x.dtype)
-        for name, x in rows.items()
-    }
-    return Workload(task_of(settings, devices), settings.optimizer, batch)
-
-
-def model_of(start: Description, settings: T5Pretrain) -> T5Config:
-    """The model to go on with: that of `--init`, with the settings' dropout.
-
-    Raises:
-        ValueError: the settings ask for yet another model, or its tokenizer is not known.
-    """
-    model = dataclasses.replace(start.config, dropout=settings.model.dropout)
-    presets = [preset.model for preset in PRESETS.values()]
-    untouched = [dataclasses.replace(p, dropout=settings.model.dropout) for p in presets]
-    if settings.model not in (model, *untouched):
-        raise ValueError(
-            f"--model says {settings.model} but {settings.init} holds {start.config}: drop the"
-            " --model options (but for --model.dropout), or --init"
-        )
-    if start.tokenizer is None and settings.data.tokenizer is None:
-        raise ValueError(
-            f"{settings.init} has no tokenizer: give the one it was trained with as"
-            " --data.tokenizer spiece.model"
-        )
-    return model
-
-
-def identity(settings: T5Pretrain, text: Text) -> dict:
-    """What the run learns, and from what."""
-    names = ("model", "objective", "optimizer", "batch", "seed", "z_loss", "label_smoothing")
-    fields = {name: getattr(settings, name) for name in (*names, "init")}
-    return {"model_type": "t5", **fields, "data": text.identity}
-
-
-def show_fill_ins(model: T5, params, text: Text, objective: Denoising, console: Console) -> None:
+def show_fill_ins(settings: T5Pretrain, model: T5, params, text: Text, console: Console) -> None:
     """Prints a few held-out texts, corrupted, with the model's guesses beside the truth."""
-    tokenizer = text.tokenizer
+    tokenizer, objective = text.tokenizer, settings.objective
     if isinstance(objective, PrefixLM):
-        bound = objective.bind(tokenizer.sentinels, tokenizer.eos_id)
+        bound = objective.bind(tokenizer)
     else:
-        bound = SpanCorruption(inputs_length=64).bind(tokenizer.sentinels, tokenizer.eos_id)
+        bound = SpanCorruption(inputs_length=64).bind(tokenizer)
     examples = [bound(tokens, np.random.default_rng(i)) for i, tokens in enumerate(text.samples)]
     if not examples:
         return

@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.data.tokenizers import SentencePieceTokenizer
+from lmjax.data.tokenizers import Tokenizer, load_tokenizer
+from lmjax.interop import gpt2 as gpt2_interop
+from lmjax.interop import mapping
 from lmjax.interop import t5 as t5_interop
 from lmjax.interop.safetensors import CONFIG, Tensors, local_directory, read_json
+from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
 from lmjax.training import checkpoints
@@ -31,7 +34,7 @@ class System(NamedTuple):
     # Of Hugging Face directories:
     config_from_json: Callable[[dict[str, Any], str], Any]
     import_params: Callable[[Any, Tensors], dict[str, Any]]
-    load_tokenizer: Callable[[Path], SentencePieceTokenizer | None]
+    load_tokenizer: Callable[[Path], Tokenizer | None]
 
 
 _T5 = System(
@@ -42,7 +45,15 @@ _T5 = System(
     t5_interop.import_params,
     t5_interop.load_tokenizer,
 )
-SYSTEMS = {"t5": _T5, "mt5": _T5}
+_GPT2 = System(
+    GPT2Config,
+    GPT2,
+    gpt2_interop.parameter_shapes,
+    gpt2_interop.config_from_json,
+    gpt2_interop.import_params,
+    gpt2_interop.load_tokenizer,
+)
+SYSTEMS = {"t5": _T5, "mt5": _T5, "gpt2": _GPT2}
 """By the `model_type` of a config.json, Hugging Face's or a run's."""
 
 
@@ -51,8 +62,8 @@ class Description(NamedTuple):
 
     model_type: str
     config: Any
-    tokenizer: SentencePieceTokenizer | None
-    """None where the directory has no SentencePiece model (ByT5, for example)."""
+    tokenizer: Tokenizer | None
+    """None where the directory has none that is known here (ByT5's, for example)."""
     load_params: Callable[[], dict[str, Any]]
     """Reads the parameters: float32 NumPy arrays on the host."""
 
@@ -60,7 +71,7 @@ class Description(NamedTuple):
 class Loaded(NamedTuple):
     model: nn.Module
     params: dict[str, Any]
-    tokenizer: SentencePieceTokenizer | None
+    tokenizer: Tokenizer | None
     """As in `Description`."""
 
 
@@ -104,7 +115,7 @@ def describe(path_or_repo: str | os.PathLike) -> Description:
     system = SYSTEMS[kind]
     if is_run:
         config, extra_ids = _of_run(system.config, content["identity"], directory)
-        tokenizer = SentencePieceTokenizer.load(directory / TOKENIZER, extra_ids)
+        tokenizer = load_tokenizer(directory / TOKENIZER, extra_ids)
         step = checkpoints.latest_step(directory)
         load_params = functools.partial(
             _restore_on_host, system.parameter_shapes, config, directory, step
@@ -114,7 +125,7 @@ def describe(path_or_repo: str | os.PathLike) -> Description:
         tokenizer = system.load_tokenizer(directory)
         load_params = functools.partial(system.import_params, config, Tensors(directory))
     if tokenizer is not None:
-        t5_interop.check_vocabulary(config, tokenizer)
+        mapping.check_vocabulary(config, tokenizer)
     return Description(kind, config, tokenizer, load_params)
 
 

@@ -10,14 +10,15 @@ from lmjax.data.packing import PackedDocuments
 from lmjax.data.sources import Source, TextData, open_source
 from lmjax.data.streaming import StreamingBatches
 from lmjax.data.token_store import (
+    Ended,
     TokenizedDocuments,
     TokenStore,
     build_token_store,
     first_documents,
     store_directory,
 )
-from lmjax.data.tokenizers import SentencePieceTokenizer, cached_tokenizer
-from lmjax.objectives.denoising import Denoising
+from lmjax.data.tokenizers import Subwords, Tokenizer, cached_tokenizer, load_tokenizer
+from lmjax.objectives.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,15 @@ class TokenizedText(TextData):
     installed on this machine, and a SentencePiece vocabulary trained on it."""
 
     tokenizer: str | None = None
-    """A SentencePiece .model file (T5's or mT5's spiece.model, or your own). Without one, a
-    vocabulary is trained on the text, once."""
+    """A SentencePiece .model file (T5's or mT5's spiece.model, or your own), a tokenizer.json, a
+    vocab.txt, or a directory with vocab.json and merges.txt. Without one, a vocabulary is trained
+    on the text, once."""
+    subwords: Subwords = "unigram"
+    """What to train: unigram (SentencePiece, with T5's sentinels), byte_bpe (as GPT-2, RoBERTa and
+    BART have) or wordpiece (as BERT has)."""
     vocab_size: int = 32_000
-    """Pieces of a vocabulary to train, fewer if the text is too short for so many; 100 sentinels
-    are added."""
+    """Pieces of a vocabulary to train, fewer if the text is too short for so many; to those of
+    unigram 100 sentinels are added."""
     character_coverage: float | None = None
     """Share of the text whose characters get a piece of their own. By default all of it, or 0.9995
     where the rare ones would fill the vocabulary, as in Korean."""
@@ -50,7 +55,7 @@ class TokenizedText(TextData):
 class Text(NamedTuple):
     """All that an experiment takes from its text."""
 
-    tokenizer: SentencePieceTokenizer
+    tokenizer: Tokenizer
     batches: Batches
     evaluation: list[dict[str, np.ndarray]]
     samples: list[np.ndarray]
@@ -62,13 +67,13 @@ class Text(NamedTuple):
 
 def read_text(
     data: TokenizedText,
-    objective: Denoising,
+    objective: Objective,
     *,
     batch: int,
     seed: int,
     workers: int = 0,
     eval_batches: int = 8,
-    tokenizer: SentencePieceTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     rows: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Text:
@@ -101,8 +106,9 @@ def read_text(
             f"the tokenizer has {tokenizer.vocab_size:,} ids and the model's embedding {rows:,}"
             " rows: set --model.vocab to that many or more, or a smaller --data.vocab-size"
         )
+    corpus = Ended(tokenizer) if objective.ends_documents else tokenizer
     common = {
-        "objective": objective.bind(tokenizer.sentinels, tokenizer.eos_id),
+        "objective": objective.bind(tokenizer),
         "lengths": objective.lengths,
         "batch_size": batch,
         "process_index": share[0],
@@ -112,18 +118,18 @@ def read_text(
         batches = StreamingBatches(
             source,
             "train",
-            tokenizer,
+            corpus,
             objective.window,
             seed=seed,
             shards=data.shards,
             **common,
         )
         needed = eval_batches * batch * objective.window
-        validation = first_documents(source.documents("validation"), tokenizer, needed)
+        validation = first_documents(source.documents("validation"), corpus, needed)
         size = "tokenized while training"
     else:
-        train = open_store(source, "train", tokenizer)
-        validation = open_store(source, "validation", tokenizer)
+        train = open_store(source, "train", corpus)
+        validation = open_store(source, "validation", corpus)
         train_rows = rows_of(train, data, objective)
         batches = IndexedBatches(train_rows, seed=seed, workers=workers, **common)
         size = (
@@ -150,8 +156,8 @@ def read_text(
 
 
 def choose_tokenizer(
-    data: TokenizedText, source: Source, given: SentencePieceTokenizer | None = None
-) -> SentencePieceTokenizer:
+    data: TokenizedText, source: Source, given: Tokenizer | None = None
+) -> Tokenizer:
     """The one `given` with a checkpoint, the one that the settings name, or one trained now.
 
     Raises:
@@ -160,11 +166,14 @@ def choose_tokenizer(
     """
     if data.tokenizer is None:
         return given or cached_tokenizer(
-            source, data.vocab_size, character_coverage=data.character_coverage
+            source,
+            data.vocab_size,
+            subwords=data.subwords,
+            character_coverage=data.character_coverage,
         )
     if given is None:
-        return SentencePieceTokenizer.load(data.tokenizer)
-    if SentencePieceTokenizer.load(data.tokenizer, given.extra_ids).sha256 != given.sha256:
+        return load_tokenizer(data.tokenizer)
+    if load_tokenizer(data.tokenizer, given.extra_ids).sha256 != given.sha256:
         raise ValueError(
             f"data.tokenizer {data.tokenizer} is not the tokenizer that the checkpoint was trained"
             " with: drop it to use the checkpoint's own"
@@ -172,7 +181,7 @@ def choose_tokenizer(
     return given
 
 
-def open_store(source: Source, split: str, tokenizer: SentencePieceTokenizer) -> TokenStore:
+def open_store(source: Source, split: str, tokenizer: Tokenizer | Ended) -> TokenStore:
     """The source's tokens, found in the cache or made now."""
     fingerprint = source.fingerprint(split)
     return build_token_store(
@@ -184,7 +193,7 @@ def open_store(source: Source, split: str, tokenizer: SentencePieceTokenizer) ->
     )
 
 
-def rows_of(store: TokenStore, data: TokenizedText, objective: Denoising) -> Rows:
+def rows_of(store: TokenStore, data: TokenizedText, objective: Objective) -> Rows:
     """The rows to train on."""
     if data.pack:
         return PackedDocuments(store, objective.window, objective.sizes, objective.lengths)
@@ -192,7 +201,7 @@ def rows_of(store: TokenStore, data: TokenizedText, objective: Denoising) -> Row
 
 
 def held_out_rows_of(
-    documents: TokenizedDocuments, data: TokenizedText, objective: Denoising
+    documents: TokenizedDocuments, data: TokenizedText, objective: Objective
 ) -> Rows:
     """The rows to evaluate on; of text shorter than one example, a single shorter one."""
     if data.pack:

@@ -8,6 +8,7 @@ Documents hold no EOS: objectives add it (T5 joins documents without a separator
 appears whole or not at all, and processes that start at once on one machine build it once.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -35,6 +36,25 @@ class Tokenizer(Protocol):
     sha256: str
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A tokenizer for a corpus whose documents shall end with EOS."""
+
+    tokenizer: Any
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(f"{self.tokenizer.sha256} ended".encode()).hexdigest()
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        encoded = self.tokenizer.encode_batch(texts)
+        return [np.append(ids, np.int32(self.tokenizer.eos_id)) for ids in encoded]
 
 
 class DamagedStore(ValueError):

@@ -19,12 +19,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import sentencepiece
 from rich.console import Console
 
-from lmjax.data import cache
+from lmjax.data import cache, fast_tokenizers
+from lmjax.data.fast_tokenizers import FastTokenizer
 from lmjax.data.sources import Source, document_hash
 
 LEAST_COVERAGE = 0.98
@@ -228,34 +230,71 @@ def default_coverage(texts: Sequence[str], vocab_size: int) -> float:
     return min(max(most_frequent / counts.total(), LEAST_COVERAGE), 0.9995)
 
 
+Tokenizer = SentencePieceTokenizer | FastTokenizer
+Subwords = Literal["unigram", "byte_bpe", "wordpiece"]
+
+
+def load_tokenizer(path: str | os.PathLike, extra_ids: int = 100) -> Tokenizer:
+    """Reads a SentencePiece .model, a tokenizer.json, a vocab.txt of WordPiece, or a directory that
+    holds a tokenizer of the last two kinds or of GPT-2's (vocab.json, merges.txt).
+
+    Args:
+      extra_ids: sentinels to append to a SentencePiece model that has none.
+
+    Raises:
+      ValueError: there is no such file, or it is damaged or lacks a token that ends a text.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() or path.suffix in (".json", ".txt") or _is_json(path):
+        return FastTokenizer.load(path)
+    return SentencePieceTokenizer.load(path, extra_ids)
+
+
+def _is_json(path: Path) -> bool:
+    """A run keeps its tokenizer under one name, whatever it is."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(1) == b"{"
+
+
 def cached_tokenizer(
     source: Source,
     vocab_size: int,
     *,
+    subwords: Subwords = "unigram",
     split: str = "train",
     character_coverage: float | None = None,
     max_characters: int = 8_000_000,
     extra_ids: int = 100,
-) -> SentencePieceTokenizer:
-    """The tokenizer that `train_tokenizer` makes of a source, trained once and kept in the cache.
+) -> Tokenizer:
+    """A tokenizer trained on a source, once, and kept in the cache.
 
     Of several processes that ask at once, one trains and the others wait for it.
+
+    Args:
+      subwords: unigram, by SentencePiece (see `train_tokenizer`, whose settings are those below),
+        or one of `fast_tokenizers`.
     """
-    settings = [vocab_size, character_coverage, max_characters]
-    key = json.dumps(["unigram 2", source.fingerprint(split), *settings])
+    settings = [f"{subwords} 2", source.fingerprint(split), vocab_size, character_coverage]
+    key = json.dumps([*settings, max_characters])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     path = cache.cache_dir() / "tokenizers" / f"{name}.model"
     with cache.lock(path):
         if not path.exists():
             message = f"training a tokenizer of {vocab_size:,} pieces on {source.name}"
             with Console(stderr=True).status(message):
-                train_tokenizer(
-                    source.documents(split),
-                    vocab_size,
-                    character_coverage=character_coverage,
-                    max_characters=max_characters,
-                ).save(path)
-    return SentencePieceTokenizer.load(path, extra_ids)
+                if subwords == "unigram":
+                    train_tokenizer(
+                        source.documents(split),
+                        vocab_size,
+                        character_coverage=character_coverage,
+                        max_characters=max_characters,
+                    ).save(path)
+                else:
+                    sample = _sample(source.documents(split), max_characters)
+                    fast_tokenizers.train(subwords, sample, vocab_size).save(path)
+    return load_tokenizer(path, extra_ids)
 
 
 def _processor(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:

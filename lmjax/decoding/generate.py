@@ -1,4 +1,4 @@
-"""Writing text: a loop over any model's `extend`, and the front for T5.
+"""Writing text: a loop over any model's `extend`, and the front for the systems here.
 
 Axes: B batch, S source length, T prompt length, L max_length, V vocabulary.
 """
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from lmjax.decoding.beam_search import Beam, Hypotheses, beam_search
+from lmjax.decoding.beam_search import Beam, Hypotheses, beam_search, repeated
 from lmjax.decoding.sampling import GREEDY, Sampling, log_probability, sample
-from lmjax.models import t5
+from lmjax.models import gpt2, t5
 
 
 class Generated(NamedTuple):
@@ -26,17 +26,21 @@ class Generated(NamedTuple):
 
 
 def generate(
-    model: t5.T5,
+    model: t5.T5 | gpt2.GPT2,
     params,
     inputs: Int[Array, "B S"],
     *,
     max_length: int,
+    lengths: Int[Array, " B"] | None = None,
     strategy: Sampling | Beam = GREEDY,
     key: Key[Array, ""] | None = None,
     eos: int | None = 1,
     vocab_size: int | None = None,
 ) -> Generated | Hypotheses:
-    """What the model writes to `inputs`, texts padded with 0: Hypotheses of a Beam, else Generated.
+    """What the model writes: Hypotheses of a Beam, else Generated.
+
+    `inputs` are texts to answer, padded with 0 (T5), or to continue (GPT-2), of `lengths` tokens
+    each, by default all of S; what stands behind a shorter one is not read.
 
     Compiled once for each shape, model and setting; other parameters reuse the program. `eos` ends
     a text (None: nothing does) and counts as one of `max_length`. Ids from `vocab_size` on, which
@@ -52,21 +56,38 @@ def generate(
         raise ValueError(f"vocab_size is {vocab}; the model has {model.config.vocab} ids")
     if eos is not None and not 0 <= eos < vocab:
         raise ValueError(f"eos is {eos}, not one of the {vocab} ids; None lets no token end a text")
+    if lengths is not None and isinstance(model, t5.T5):
+        raise ValueError("T5 knows the lengths of its inputs by their padding: drop lengths")
     if isinstance(strategy, Sampling) and strategy.temperature > 0 and key is None:
         raise ValueError("sampling needs a key: pass key=jax.random.key(seed), or strategy=GREEDY")
-    return _generate(model, params, inputs, key, max_length, strategy, eos, vocab)
+    return _generate(model, params, inputs, lengths, key, max_length, strategy, eos, vocab)
 
 
 @partial(jax.jit, static_argnames=("model", "max_length", "strategy", "eos", "vocab"))
-def _generate(model, params, inputs, key, max_length, strategy, eos, vocab):
-    prompt = jnp.zeros((inputs.shape[0], 1), jnp.int32)
-    extend = t5.extender(model, params)
+def _generate(model, params, inputs, lengths, key, max_length, strategy, eos, vocab):
+    beams = strategy.size if isinstance(strategy, Beam) else 1
+    extend, state, prompt = _read(model, params, inputs, lengths, max_length, beams)
     settings = dict(max_length=max_length, eos=eos, vocab_size=vocab)
     if isinstance(strategy, Beam):
-        state = t5.start_decoding(model, params, inputs, max_length, beams=strategy.size)
         return beam_search(extend, state, prompt, beam=strategy, **settings)[0]
-    state = t5.start_decoding(model, params, inputs, max_length)
     return continue_text(extend, state, prompt, sampling=strategy, key=key, **settings)[0]
+
+
+def _read(model, params, inputs, lengths, max_length, beams):
+    """`extend` of the model, its state with room for `max_length` tokens, and the one to begin with
+    [B, 1]."""
+    batch, length = inputs.shape
+    if isinstance(model, t5.T5):
+        state = t5.start_decoding(model, params, inputs, max_length, beams=beams)
+        return t5.extender(model, params), state, jnp.zeros((batch, 1), jnp.int32)
+    lengths = jnp.full(batch, length) if lengths is None else lengths
+    extend = gpt2.extender(model, params)
+    state = gpt2.start_decoding(model, batch, length - 1 + max_length)
+    if length > 1:
+        _, state = extend(inputs[:, :-1], state)
+    # The places behind a shorter text are written over.
+    state = repeated(state._replace(length=lengths - 1), beams)
+    return extend, state, jnp.take_along_axis(inputs, lengths[:, None] - 1, 1)
 
 
 def continue_text(

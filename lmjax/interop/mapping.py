@@ -109,6 +109,15 @@ def _read(tensors: Tensors, key: str, shape: tuple[int, ...], part) -> np.ndarra
     return np.split(whole, count, axis=-1)[index]
 
 
+def check_vocabulary(config: Any, tokenizer: Any) -> None:
+    """Raises ValueError if the tokenizer has ids that the embedding has no rows for."""
+    if tokenizer.vocab_size > config.vocab:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary only "
+            f"{config.vocab} rows: use the tokenizer that the model was trained with"
+        )
+
+
 def refuse_other_copies(tensors: Tensors, key: str, copies: Collection[str], why: str) -> None:
     """Raises ValueError if the file holds one of `copies` and it is not what `key` holds."""
     shape = tensors.shape(key)

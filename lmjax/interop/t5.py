@@ -246,7 +246,7 @@ def save_pretrained(
     contents = {CONFIG: config_to_json(config), "generation_config.json": SPECIAL_IDS}
     files = {}
     if tokenizer is not None:
-        check_vocabulary(config, tokenizer)
+        mapping.check_vocabulary(config, tokenizer)
         files[PIECES] = tokenizer.model
         contents[TOKENIZER_CONFIG] = _tokenizer_to_json(tokenizer)
     write_pretrained(directory, export_tensors(config, params), contents, files, shard_bytes)
@@ -263,12 +263,3 @@ def _tokenizer_to_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
             for name in ("pad", "eos", "unk")
         },
     }
-
-
-def check_vocabulary(config: T5Config, tokenizer: SentencePieceTokenizer) -> None:
-    """Raises ValueError if the tokenizer has ids that the embedding has no rows for."""
-    if tokenizer.vocab_size > config.vocab:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary only "
-            f"{config.vocab} rows: use the tokenizer that the model was trained with"
-        )

@@ -6,6 +6,7 @@ windows; inputs are a window without its last token, targets the same without it
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ class CausalLM:
 
     length: int = 1_024
     """Tokens of a row."""
+
+    ends_documents: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.length < 1:

@@ -7,6 +7,7 @@ and, once a tokenizer's ids are bound, the pure function that makes it.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 
@@ -31,6 +32,8 @@ class SpanCorruption:
     mean_span: float = 3.0
     """Mean length of a hidden span, in tokens."""
 
+    ends_documents: ClassVar[bool] = False
+
     def __post_init__(self):
         _ = self.window
 
@@ -48,7 +51,7 @@ class SpanCorruption:
         """The lengths of inputs and targets that `window` tokens give."""
         return span_corruption_lengths(window, self.noise_density, self.mean_span)
 
-    def bind(self, sentinels: np.ndarray, eos: int) -> Callable:
+    def bind(self, tokenizer) -> Callable:
         """The objective (tokens, rng) -> example for a tokenizer.
 
         Raises:
@@ -56,10 +59,10 @@ class SpanCorruption:
         """
         bound = functools.partial(
             span_corruption,
-            sentinels=sentinels,
+            sentinels=tokenizer.sentinels,
             noise_density=self.noise_density,
             mean_span=self.mean_span,
-            eos=eos,
+            eos=tokenizer.eos_id,
         )
         bound(np.zeros(self.window, np.int32), np.random.default_rng(0))
         return bound
@@ -73,6 +76,8 @@ class IidDenoising:
     """Tokens of text that make one example, end of text included."""
     noise_density: float = 0.15
     """Probability of hiding a token."""
+
+    ends_documents: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.inputs_length < 2 or not 0 < self.noise_density < 1:
@@ -93,10 +98,13 @@ class IidDenoising:
         """Upper bounds: the lengths are random."""
         return iid_denoising_lengths(window)
 
-    def bind(self, sentinels: np.ndarray, eos: int) -> Callable:
+    def bind(self, tokenizer) -> Callable:
         """The objective (tokens, rng) -> example for a tokenizer with two sentinels or more."""
         bound = functools.partial(
-            iid_denoising, sentinels=sentinels, noise_density=self.noise_density, eos=eos
+            iid_denoising,
+            sentinels=tokenizer.sentinels,
+            noise_density=self.noise_density,
+            eos=tokenizer.eos_id,
         )
         bound(np.zeros(self.window, np.int32), np.random.default_rng(0))
         return bound
@@ -108,6 +116,8 @@ class PrefixLM:
 
     inputs_length: int = 512
     """Tokens of text that make one example."""
+
+    ends_documents: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.inputs_length < 2:
@@ -126,10 +136,9 @@ class PrefixLM:
         """Upper bounds: the lengths are random."""
         return prefix_lm_lengths(window)
 
-    def bind(self, sentinels: np.ndarray, eos: int) -> Callable:
+    def bind(self, tokenizer) -> Callable:
         """The objective (tokens, rng) -> example; it uses no sentinels."""
-        del sentinels
-        return functools.partial(prefix_lm, eos=eos)
+        return functools.partial(prefix_lm, eos=tokenizer.eos_id)
 
 
 Denoising = SpanCorruption | IidDenoising | PrefixLM
