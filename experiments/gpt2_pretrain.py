@@ -104,22 +104,26 @@ def show_continuations(
 ) -> None:
     """Prints the beginnings of held-out texts, and how the model goes on beside the truth."""
     tokenizer = text.tokenizer
-    for i, tokens in enumerate(text.samples):
-        prompt, truth = np.split(tokens[: model.config.positions - 40], [len(tokens) // 2])
-        written = generate(
-            model,
-            params,
-            jnp.asarray(prompt)[None],
-            max_length=40,
-            strategy=Sampling(temperature=0.7, top_k=40),
-            key=jax.random.key(i),
-            eos=tokenizer.eos_id,
-            vocab_size=tokenizer.vocab_size,
-        )
-        length = int(written.lengths[0])
+    halves = [np.split(tokens, [len(tokens) // 2]) for tokens in text.samples]
+    if not halves:
+        return
+    lengths = np.array([len(prompt) for prompt, _ in halves])
+    prompts = [np.pad(prompt, (0, lengths.max() - len(prompt))) for prompt, _ in halves]
+    written = generate(
+        model,
+        params,
+        np.stack(prompts),
+        lengths=jnp.asarray(lengths),
+        max_length=min(40, model.config.positions - int(lengths.max())),
+        strategy=Sampling(temperature=0.7, top_k=40),
+        key=jax.random.key(0),
+        eos=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+    )
+    for (prompt, truth), output in zip(halves, np.asarray(written.tokens), strict=True):
         console.rule("held-out text")
         console.print(escape(tokenizer.decode(prompt)), highlight=False)
-        shown = escape(tokenizer.decode(np.asarray(written.tokens)[0, :length]))
+        shown = escape(tokenizer.decode(output))
         console.print(f"  [bold]model[/bold] [cyan]{shown or '(nothing)'}[/cyan]")
         console.print(f"  [bold]truth[/bold] [green]{escape(tokenizer.decode(truth))}[/green]")
 

@@ -161,8 +161,9 @@ def sweep(settings, topology, progress) -> list[tuple[str, object]]:
         found = ranked(found + tried)
         if found and settled(found[0][1]):
             return found
-        # Where dividing products further costs more than it saves, still further costs still more.
-        if mesh.model and found[0][1].fits and found[0] not in tried:
+        # Once nothing but fsdp is left to shrink, dividing products ever further only costs more.
+        whole = tried and tried[0][1].mesh["data"] == slices
+        if mesh.model and whole and found[0][1].fits and found[0] not in tried:
             break
     # Activations divided too, where that may help: beside the best tensor parallelism.
     tensor = [one for one in found if one[1].mesh["model"] > 1][:1]

@@ -5,6 +5,7 @@ newer releases of all of them, and KoGPT2, a tokenizer.json. Of those trained he
 BERT's special tokens and byte-level BPE has RoBERTa's, all in front (RoBERTa has <mask> last).
 """
 
+import collections
 import hashlib
 import json
 import os
@@ -185,7 +186,9 @@ def train(kind: Kind, texts: Iterable[str], vocab_size: int) -> FastTokenizer:
         raise ValueError(
             f"a vocabulary of {vocab_size:,} ids is too small for {kind}: set at least {least}"
         )
-    if kind == "byte_bpe":
+    if kind == "wordpiece":
+        model = _trained_word_piece(list(texts), vocab_size)
+    else:
         model = tokenizers.Tokenizer(models.BPE())
         _be_byte_level(model)
         trainer = trainers.BpeTrainer(
@@ -195,18 +198,44 @@ def train(kind: Kind, texts: Iterable[str], vocab_size: int) -> FastTokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-    else:
-        model = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        _be_word_piece(model, lower_case=True, strip_accents=False)
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=special,
-            limit_alphabet=vocab_size // 2,  # Korean, Chinese: the rarest characters are unknown
-            show_progress=False,
-        )
-    model.train_from_iterator(texts, trainer)
+        model.train_from_iterator(texts, trainer)
     return FastTokenizer(model.to_str().encode())
+
+
+def _trained_word_piece(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Pieces that BPE makes of the words, with ## where they continue one.
+
+    The library's own trainer numbers these in the order of a hash table, another one each time.
+    """
+    bpe = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
+    _be_word_piece(bpe, lower_case=True, strip_accents=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=["[UNK]"],
+        limit_alphabet=vocab_size // 4,  # of Korean and Chinese, the rarest characters are unknown
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    counts = collections.Counter()
+    for start in range(0, len(texts), 1_000):
+        for one in bpe.encode_batch(texts[start : start + 1_000]):
+            before = None
+            for token, word in zip(one.tokens, one.word_ids, strict=True):
+                counts[token if word != before else f"##{token}"] += 1
+                before = word
+    letters = sorted(token for token in bpe.get_vocab() if len(token) == 1)
+    pieces = [*SPECIAL["wordpiece"], *letters, *(f"##{letter}" for letter in letters)]
+    known = {*pieces, "##[UNK]"}
+    frequent = sorted(
+        (piece for piece in counts if piece not in known), key=lambda p: (-counts[p], p)
+    )
+    pieces += frequent[: max(0, vocab_size - len(pieces))]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    model = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    _be_word_piece(model, lower_case=True, strip_accents=False)
+    model.add_special_tokens(SPECIAL["wordpiece"])
+    return model
 
 
 def _be_byte_level(model: tokenizers.Tokenizer) -> None:

@@ -60,6 +60,7 @@ def generate(
         raise ValueError("T5 knows the lengths of its inputs by their padding: drop lengths")
     if isinstance(strategy, Sampling) and strategy.temperature > 0 and key is None:
         raise ValueError("sampling needs a key: pass key=jax.random.key(seed), or strategy=GREEDY")
+    inputs = jnp.asarray(inputs, jnp.int32)
     return _generate(model, params, inputs, lengths, key, max_length, strategy, eos, vocab)
 
 

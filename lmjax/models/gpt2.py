@@ -29,6 +29,7 @@ from lmjax.models.layers import (
     constrain,
     dropout,
     few_rows_logits,
+    lookup,
     same_segment,
     stack,
     unstacked,
@@ -213,7 +214,7 @@ class GPT2(nn.Module):
                 f"{tokens.shape[1]} tokens do not fit the {self.config.positions} positions that"
                 " this GPT-2 has learned: shorten the text, or train a model with more"
             )
-        x = self.embedding[tokens] + self.positions[positions]
+        x = lookup(self.embedding, tokens) + self.positions[positions]
         x = constrain(x, "batch", "activation_length", "activation_embed")
         return dropout(self, x, self.config.dropout)
 

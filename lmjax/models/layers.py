@@ -62,6 +62,20 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x
 
 
+def lookup(table: Float[Array, "V D"], tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+    """The table's rows for these tokens, its width made whole first.
+
+    A device that holds a part of the width and some of the batch would otherwise need either all of
+    the batch or all of the result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if parallel_devices() > 1:
+        axes = ("activation_vocab", None)
+        spec = partition(axes, table.shape, nn.get_logical_axis_rules(), mesh.shape)
+        table = jax.lax.with_sharding_constraint(table, spec)
+    return table[tokens]
+
+
 def parallel_devices() -> int:
     """Over how many devices the compiler divides arrays: those of the mesh set, if one is."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -33,6 +33,7 @@ from lmjax.models.layers import (
     dense,
     dropout,
     few_rows_logits,
+    lookup,
     same_segment,
     stack,
     unstacked,
@@ -413,7 +414,7 @@ class T5(nn.Module):
         return self.encoder(self.embed(inputs), segments)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = dropout(self, self.embedding[tokens], self.config.dropout)
+        x = dropout(self, lookup(self.embedding, tokens), self.config.dropout)
         return constrain(x, "batch", "activation_length", "activation_embed")
 
     def scale(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 
+from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
 from lmjax.sharding.hlo import collectives, parse_hlo
@@ -18,6 +19,7 @@ from lmjax.sharding.mesh import activate, put_batch
 from lmjax.sharding.planning import plan_step
 from lmjax.sharding.strategies import MeshOptions
 from lmjax.sharding.topology import Topology
+from lmjax.tasks.causal import Causal
 from lmjax.tasks.seq2seq import Seq2Seq
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import bytes_per_device
@@ -36,11 +38,17 @@ ODD = T5Config(
 )
 
 
+# GPT-2's own vocabulary, which divides by nothing but 29 and 1,733.
+GPT2_SIZES = GPT2Config(
+    vocab=50_257, positions=32, layers=2, width=128, heads=8, feed_forward=512, dropout=0.0
+)
+
+
 def t5(config: T5Config, remat: str):
     return Seq2Seq(T5(config, Execution("float32", remat)), z_loss=1e-4)
 
 
-def text_to_text(config: T5Config, seed: int = 0) -> dict[str, np.ndarray]:
+def text_to_text(config, seed: int = 0) -> dict[str, np.ndarray]:
     """Rows of which some are short and some are packed, so that normalizers matter."""
     rng = np.random.default_rng(seed)
     arrays = {}
@@ -55,6 +63,14 @@ def text_to_text(config: T5Config, seed: int = 0) -> dict[str, np.ndarray]:
     return {**arrays, "loss_weights": (arrays["targets"] > 0).astype(np.float32)}
 
 
+def causal(config) -> dict[str, np.ndarray]:
+    rows = text_to_text(config)
+    names = [f"inputs{part}" for part in ("", "_positions", "_segment_ids")]
+    targets = np.roll(rows["inputs"], -1, axis=1)
+    weights = (rows["inputs_segment_ids"] > 0).astype(np.float32)
+    return {name: rows[name] for name in names} | {"targets": targets, "loss_weights": weights}
+
+
 # Every model has a line here, and one with a shape that divides by nothing.
 MODELS = {
     "t5": (t5(EVEN, "matmuls"), Adafactor(Constant(0.03)), text_to_text(EVEN)),
@@ -64,6 +80,11 @@ MODELS = {
         text_to_text(EVEN),
     ),
     "t5-odd": (t5(ODD, "none"), AdamW(Constant(3e-3)), text_to_text(ODD)),
+    "gpt2": (
+        Causal(GPT2(GPT2_SIZES, Execution("float32", "matmuls"))),
+        AdamW(Constant(3e-3)),
+        causal(GPT2_SIZES),
+    ),
 }
 LAYOUTS = {
     "one device": ("dp", MeshOptions(), 1),
