@@ -57,7 +57,8 @@ def test_gpus_borrow_a_program(tmp_path, small):
 
 def test_plans_are_ranked(tmp_path):
     found, printed = report(
-        tmp_path / "sweep.json", "t5_pretrain", "--topology", "v5e:1x2", "--sweep",
+        tmp_path / "sweep.json", "gpt2_pretrain", "--topology", "v5e:1x2", "--sweep",
+        "--batch", "8", "--model.layers", "2",
         "--markdown", tmp_path / "best.md",
     )  # fmt: skip
     assert {"dp", "fsdp", "fsdp_tp"} == {one["strategy"] for one in found}
@@ -66,6 +67,25 @@ def test_plans_are_ranked(tmp_path):
     *_, best = (tmp_path / "best.md").read_text().splitlines()
     assert best.startswith("|  | 2 x v5e:1x2 | ")
     assert "collectives hidden / exposed" in printed
+
+
+def test_devices_send_at_most_what_they_would_under_t5xs_rules(tmp_path, small):
+    """Those divide activations by width, and parameters over all that the model axis leaves."""
+    theirs, _ = report(
+        tmp_path / "t5x.json", "t5_pretrain", *SLICE, "--mesh.fsdp", "2",
+        "--mesh.activations", "width",
+    )  # fmt: skip
+    sent = [
+        sum(sum(axes.values()) for axes in found["collective_bytes"].values())
+        for found in (small[0], theirs)
+    ]
+    assert 0 < sent[0] < sent[1]
+
+
+def test_a_decoder_is_planned_by_the_same_command(tmp_path):
+    found, _ = report(tmp_path / "gpt2.json", "gpt2_pretrain", *SLICE)
+    assert found["fits"] and found["mesh"] == {"data": 1, "fsdp": 2, "model": 2}
+    assert 1.0 <= found["hardware_flops_per_step"] / found["model_flops_per_step"] < 1.1
 
 
 def test_the_largest_model_on_a_pod_of_2048_cores(tmp_path):
