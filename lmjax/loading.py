@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.data.tokenizers import Tokenizer, load_tokenizer
+from lmjax.interop import bert as bert_interop
 from lmjax.interop import gpt2 as gpt2_interop
 from lmjax.interop import mapping
 from lmjax.interop import t5 as t5_interop
 from lmjax.interop.safetensors import CONFIG, Tensors, local_directory, read_json
+from lmjax.models.bert import Bert, BertConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
@@ -53,7 +55,15 @@ _GPT2 = System(
     gpt2_interop.import_params,
     gpt2_interop.load_tokenizer,
 )
-SYSTEMS = {"t5": _T5, "mt5": _T5, "gpt2": _GPT2}
+_BERT = System(
+    BertConfig,
+    Bert,
+    bert_interop.parameter_shapes,
+    bert_interop.config_from_json,
+    bert_interop.import_params,
+    bert_interop.load_tokenizer,
+)
+SYSTEMS = {"t5": _T5, "mt5": _T5, "gpt2": _GPT2, "bert": _BERT, "roberta": _BERT}
 """By the `model_type` of a config.json, Hugging Face's or a run's."""
 
 

@@ -23,6 +23,8 @@ from lmjax.training.step import Prepared, lower_step
 
 MATRIX_EFFICIENCY = 0.9
 SECONDS_PER_DAY = 86_400
+# jaxlib cannot read programs that leave gathers to the SparseCores of a v5p or v6e.
+READABLE = {"xla_tpu_offload_gather_to_sparsecore": "false"}
 SLICES = "slices"  # in place of a mesh axis: the network between slices
 
 
@@ -129,10 +131,11 @@ def plan_step(
     )
     if memory is not None and report.state_bytes > memory:
         return report
+    options = READABLE if layout.mesh.devices.flat[0].platform == "tpu" else None
     began = time.perf_counter()
     try:
         with activate(layout):
-            compiled = lower_step(prepared, batch, layout).compile()
+            compiled = lower_step(prepared, batch, layout).compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
