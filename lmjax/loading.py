@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.data.fast_tokenizers import FastTokenizer
 from lmjax.data.tokenizers import Tokenizer, load_tokenizer
 from lmjax.interop import bert as bert_interop
 from lmjax.interop import gpt2 as gpt2_interop
@@ -53,7 +54,7 @@ _GPT2 = System(
     gpt2_interop.parameter_shapes,
     gpt2_interop.config_from_json,
     gpt2_interop.import_params,
-    gpt2_interop.load_tokenizer,
+    FastTokenizer.find,
 )
 _BERT = System(
     BertConfig,
@@ -61,7 +62,7 @@ _BERT = System(
     bert_interop.parameter_shapes,
     bert_interop.config_from_json,
     bert_interop.import_params,
-    bert_interop.load_tokenizer,
+    FastTokenizer.find,
 )
 SYSTEMS = {"t5": _T5, "mt5": _T5, "gpt2": _GPT2, "bert": _BERT, "roberta": _BERT}
 """By the `model_type` of a config.json, Hugging Face's or a run's."""

@@ -17,7 +17,7 @@ import numpy as np
 from lmjax.data.fast_tokenizers import FastTokenizer
 from lmjax.interop import mapping
 from lmjax.interop.mapping import Source, Table
-from lmjax.interop.safetensors import CONFIG, Tensors, local_directory, write_pretrained
+from lmjax.interop.safetensors import CONFIG, Tensors
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import unboxed
 
@@ -143,15 +143,6 @@ def export_tensors(config: GPT2Config, params) -> Iterator[tuple[str, np.ndarray
     return mapping.export_tensors(sources(), parameter_shapes(config), params)
 
 
-def load_tokenizer(path_or_repo: str | os.PathLike) -> FastTokenizer | None:
-    """The tokenizer of a directory or Hub repository; None if it has none that is known here.
-
-    Raises:
-      ValueError: its files are damaged.
-    """
-    return FastTokenizer.find(local_directory(path_or_repo))
-
-
 def save_pretrained(
     directory: str | os.PathLike,
     config: GPT2Config,
@@ -160,16 +151,13 @@ def save_pretrained(
     *,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a directory that `transformers` and `lmjax.load` read, in float32.
+    """Writes a directory that `transformers` and `lmjax.load` read, in float32; see `mapping.save`.
 
-    It appears whole or not at all. Files larger than `shard_bytes` are split.
+    Files larger than `shard_bytes` are split.
 
     Raises:
       FileExistsError: the directory is there and not empty.
       ValueError: `params` or `tokenizer` do not fit `config`.
     """
-    contents, files = {CONFIG: config_to_json(config, tokenizer)}, {}
-    if tokenizer is not None:
-        mapping.check_vocabulary(config, tokenizer)
-        files = tokenizer.files()
-    write_pretrained(directory, export_tensors(config, params), contents, files, shard_bytes)
+    content, tensors = config_to_json(config, tokenizer), export_tensors(config, params)
+    mapping.save(directory, config, content, tensors, tokenizer, shard_bytes)

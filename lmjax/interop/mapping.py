@@ -4,13 +4,15 @@ A table says of every parameter, named by its path in our tree, where it is in a
 directions follow it.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from lmjax.interop.safetensors import Tensors
+from lmjax.data.fast_tokenizers import FastTokenizer
+from lmjax.interop.safetensors import CONFIG, Tensors, write_pretrained
 
 
 class Source(NamedTuple):
@@ -116,6 +118,30 @@ def check_vocabulary(config: Any, tokenizer: Any) -> None:
             f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary only "
             f"{config.vocab} rows: use the tokenizer that the model was trained with"
         )
+
+
+def save(
+    directory: str | os.PathLike,
+    config: Any,
+    content: dict[str, Any],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    tokenizer: FastTokenizer | None,
+    shard_bytes: int,
+) -> None:
+    """Writes a directory that `transformers` and `lmjax.load` read, whole or not at all.
+
+    Args:
+      content: of its config.json.
+
+    Raises:
+      FileExistsError: the directory is there and not empty.
+      ValueError: the tokenizer does not fit `config`.
+    """
+    files = {}
+    if tokenizer is not None:
+        check_vocabulary(config, tokenizer)
+        files = tokenizer.files()
+    write_pretrained(directory, tensors, {CONFIG: content}, files, shard_bytes)
 
 
 def refuse_other_copies(tensors: Tensors, key: str, copies: Collection[str], why: str) -> None:

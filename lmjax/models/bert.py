@@ -26,10 +26,14 @@ from lmjax.models.layers import (
     affine,
     all_logits,
     attention,
+    check_config,
+    check_heads,
     constrain,
     dropout,
+    dropout_key,
     lookup,
     same_segment,
+    split_heads,
     stack,
     weight,
 )
@@ -66,20 +70,13 @@ class BertConfig:
 
     def __post_init__(self):
         sizes = ("vocab", "positions", "token_types", "layers", "width", "heads", "feed_forward")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"BertConfig.{name} is {getattr(self, name)}, not a positive size")
+        check_config(self, *sizes)
+        check_heads(self)
         kinds = get_args(BertConfig.__annotations__["kind"])
         if self.kind not in kinds:
             raise ValueError(f"BertConfig.kind is {self.kind!r}, not one of {list(kinds)}")
         if self.first_position < 0:
             raise ValueError(f"BertConfig.first_position is {self.first_position}, not 0 or more")
-        if self.width % self.heads:
-            raise ValueError(
-                f"BertConfig.width is {self.width}, which does not divide into {self.heads} heads"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"BertConfig.dropout is {self.dropout}, not in [0, 1)")
 
     @property
     def head_width(self) -> int:
@@ -121,18 +118,16 @@ class Attention(nn.Module):
 
         def heads(name: str) -> Float[Array, "B T N H"]:
             y = affine(self, x, name, INIT, embed=c.width, heads=c.width)
-            y = y.reshape(*x.shape[:2], c.heads, c.head_width)
-            return constrain(y, "batch", "activation_length", "activation_heads", None)
+            return split_heads(y, c.heads)
 
         queries, keys, values = heads("query"), heads("key"), heads("value")
-        dropping = self.make_rng("dropout") if c.dropout and self.has_rng("dropout") else None
         context = attention(
             queries * c.head_width**-0.5,
             keys,
             values,
             mask,
             rate=c.dropout,
-            key=dropping,
+            key=dropout_key(self, c.dropout),
             execution=self.execution,
         )
         return affine(self, context.reshape(x.shape), "out", INIT, heads=c.width, embed=c.width)

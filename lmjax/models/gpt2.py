@@ -26,11 +26,15 @@ from lmjax.models.layers import (
     affine,
     all_logits,
     attention,
+    check_config,
+    check_heads,
     constrain,
     dropout,
+    dropout_key,
     few_rows_logits,
     lookup,
     same_segment,
+    split_heads,
     stack,
     unstacked,
     weight,
@@ -58,15 +62,8 @@ class GPT2Config:
     norm_epsilon: float = 1e-5
 
     def __post_init__(self):
-        for name in ("vocab", "positions", "layers", "width", "heads", "feed_forward"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GPT2Config.{name} is {getattr(self, name)}, not a positive size")
-        if self.width % self.heads:
-            raise ValueError(
-                f"GPT2Config.width is {self.width}, which does not divide into {self.heads} heads"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"GPT2Config.dropout is {self.dropout}, not in [0, 1)")
+        check_config(self, "vocab", "positions", "layers", "width", "heads", "feed_forward")
+        check_heads(self)
 
     @property
     def head_width(self) -> int:
@@ -116,14 +113,13 @@ class Attention(nn.Module):
 
         def heads(name: str) -> Float[Array, "B T N H"]:
             y = affine(self, x, name, INIT, embed=c.width, heads=c.width)
-            y = y.reshape(*x.shape[:2], c.heads, c.head_width)
-            return constrain(y, "batch", "activation_length", "activation_heads", None)
+            return split_heads(y, c.heads)
 
         queries, own = heads("query"), KeyValue(heads("key"), heads("value"))
         if past is not None:
             past = past.extended(own.swapped(), length)
             own = past.swapped()
-        key = self.make_rng("dropout") if c.dropout and self.has_rng("dropout") else None
+        key = dropout_key(self, c.dropout)
         queries = queries * c.head_width**-0.5
         context = attention(
             queries, *own, mask, rate=c.dropout, key=key, execution=self.execution

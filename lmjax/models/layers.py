@@ -44,6 +44,25 @@ class Execution:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {list(known)}")
 
 
+def check_config(config, *sizes: str) -> None:
+    """Raises ValueError for sizes that are not positive or a dropout that is no probability."""
+    name = type(config).__name__
+    for size in sizes:
+        if getattr(config, size) < 1:
+            raise ValueError(f"{name}.{size} is {getattr(config, size)}, not a positive size")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"{name}.dropout is {config.dropout}, not in [0, 1)")
+
+
+def check_heads(config) -> None:
+    """Raises ValueError if the heads do not divide the width."""
+    if config.width % config.heads:
+        raise ValueError(
+            f"{type(config).__name__}.width is {config.width}, which does not divide into"
+            f" {config.heads} heads"
+        )
+
+
 def weight(module: nn.Module, name: str, init, dtype: str | None = None, **axes: int) -> Array:
     """Declares a parameter whose shape and logical axis names are one list; cast for compute."""
     partitioned = nn.with_logical_partitioning(init, tuple(axes))
@@ -141,11 +160,20 @@ def affine(
     )
 
 
+def split_heads(x: Float[Array, "B T N*H"], heads: int) -> Float[Array, "B T N H"]:
+    x = x.reshape(*x.shape[:2], heads, -1)
+    return constrain(x, "batch", "activation_length", "activation_heads", None)
+
+
+def dropout_key(module: nn.Module, rate: float) -> Array | None:
+    """For dropout inside of a function, as in `attention`; None where nothing is dropped."""
+    return module.make_rng("dropout") if rate and module.has_rng("dropout") else None
+
+
 def dropout(module: nn.Module, x: Array, rate: float) -> Array:
     """Training is being given a "dropout" key; there is no deterministic flag."""
-    if rate == 0 or not module.has_rng("dropout"):
-        return x
-    return drop(x, rate, module.make_rng("dropout"))
+    key = dropout_key(module, rate)
+    return x if key is None else drop(x, rate, key)
 
 
 def drop(x: Array, rate: float, key: Array) -> Array:

@@ -29,12 +29,15 @@ from lmjax.models.layers import (
     RMSNorm,
     all_logits,
     attention,
+    check_config,
     constrain,
     dense,
     dropout,
+    dropout_key,
     few_rows_logits,
     lookup,
     same_segment,
+    split_heads,
     stack,
     unstacked,
     weight,
@@ -70,16 +73,11 @@ class T5Config:
     norm_epsilon: float = 1e-6
 
     def __post_init__(self):
-        sizes = ("vocab", "layers", "width", "heads", "head_width", "feed_forward")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"T5Config.{name} is {getattr(self, name)}, not a positive size")
+        check_config(self, "vocab", "layers", "width", "heads", "head_width", "feed_forward")
         if self.decoder_layers is None:
             object.__setattr__(self, "decoder_layers", self.layers)
         if self.decoder_layers < 1:
             raise ValueError(f"T5Config.decoder_layers is {self.decoder_layers}, not positive")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"T5Config.dropout is {self.dropout}, not in [0, 1)")
         if self.relative_buckets % 4 or self.relative_distance <= self.relative_buckets // 2:
             raise ValueError(
                 f"T5Config.relative_buckets is {self.relative_buckets}; it must divide by 4 and "
@@ -211,12 +209,10 @@ class Attention(nn.Module):
         out = nn.initializers.normal(joined**-0.5)
         self.out = weight(self, "out", out, heads=joined, embed=c.width)
 
-    def split(self, x: Float[Array, "B T N*H"]) -> Float[Array, "B T N H"]:
-        x = x.reshape(*x.shape[:2], self.config.heads, self.config.head_width)
-        return constrain(x, "batch", "activation_length", "activation_heads", None)
-
     def read(self, x: Float[Array, "B S D"]) -> KeyValue:
-        return KeyValue(self.split(dense(x, self.key)), self.split(dense(x, self.value)))
+        heads = self.config.heads
+        keys, values = dense(x, self.key), dense(x, self.value)
+        return KeyValue(split_heads(keys, heads), split_heads(values, heads))
 
     def __call__(
         self,
@@ -226,8 +222,8 @@ class Attention(nn.Module):
         bias: Float[Array, "#B N T S"] | None,
     ) -> Float[Array, "B T D"]:
         rate = self.config.dropout
-        key = self.make_rng("dropout") if rate and self.has_rng("dropout") else None
-        queries = self.split(dense(x, self.query))
+        key = dropout_key(self, rate)
+        queries = split_heads(dense(x, self.query), self.config.heads)
         # Rows that share a source (beams) read it together, as if their queries were one row's.
         queries = queries.reshape(source.keys.shape[0], -1, *queries.shape[2:])
         context = attention(
