@@ -8,8 +8,10 @@ memory and links all of theirs, and collectives either hide behind computation o
 
 import dataclasses
 import re
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,8 +25,6 @@ from lmjax.training.step import Prepared, lower_step
 
 MATRIX_EFFICIENCY = 0.9
 SECONDS_PER_DAY = 86_400
-# jaxlib cannot read programs that leave gathers to the SparseCores of a v5p or v6e.
-READABLE = {"xla_tpu_offload_gather_to_sparsecore": "false"}
 SLICES = "slices"  # in place of a mesh axis: the network between slices
 
 
@@ -131,11 +131,11 @@ def plan_step(
     )
     if memory is not None and report.state_bytes > memory:
         return report
-    options = READABLE if layout.mesh.devices.flat[0].platform == "tpu" else None
     began = time.perf_counter()
     try:
         with activate(layout):
-            compiled = lower_step(prepared, batch, layout).compile(options)
+            lowered = lower_step(prepared, batch, layout)
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -143,15 +143,25 @@ def plan_step(
         return dataclasses.replace(
             report, bytes_per_device=needed, compile_seconds=time.perf_counter() - began
         )
-    return dataclasses.replace(
-        report,
-        compile_seconds=time.perf_counter() - began,
-        **_of_program(compiled, layout, topology, report),
-    )
+    report = dataclasses.replace(report, compile_seconds=time.perf_counter() - began)
+    text = _text(lowered, compiled)
+    return dataclasses.replace(report, **_of_program(compiled, text, layout, topology, report))
+
+
+def _text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
+    """The compiled program. Some that use a TPU's SparseCores jaxlib cannot read back: they are
+    compiled once more, for the compiler to write them down itself."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        with tempfile.TemporaryDirectory() as directory:
+            lowered.compile({"xla_dump_to": directory, "xla_dump_hlo_as_text": True})
+            (written,) = Path(directory).glob("*.after_optimizations.txt")
+            return written.read_text()
 
 
 def _of_program(
-    compiled: jax.stages.Compiled, layout: Layout, topology: Topology, report: Report
+    compiled: jax.stages.Compiled, text: str, layout: Layout, topology: Topology, report: Report
 ) -> dict[str, Any]:
     """What the compiled program adds to a report."""
     sizes = compiled.memory_analysis()
@@ -161,7 +171,7 @@ def _of_program(
         - sizes.alias_size_in_bytes
         + sizes.temp_size_in_bytes
     )
-    program = parse_hlo(compiled.as_text())
+    program = parse_hlo(text)
     kinds: dict[str, dict[str, float]] = {}
     sent: dict[str, float] = {}
     for one in collectives(program, layout.mesh):

@@ -52,6 +52,7 @@ def environment(name: str) -> dict[str, str]:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here holds a TPU
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # what matters is raised too
     }
 
 

@@ -1,11 +1,13 @@
+from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
 
 from lmjax.sharding.hardware import Hardware, hardware
-from lmjax.sharding.planning import _temporaries, roofline
+from lmjax.sharding.planning import _temporaries, _text, roofline
 from lmjax.sharding.topology import Topology, axis_bandwidths, find_topology
 
 CHIP = Hardware(flops=100.0, memory=1e3, memory_bandwidth=50.0, link=10.0, network=1.0, wraps=4)
@@ -70,6 +72,22 @@ def test_what_the_compiler_says_when_memory_runs_out():
     assert _temporaries(says) == 23.6 * 2**30
     assert _temporaries("RESOURCE_EXHAUSTED: Used 20.5G of 15.7G hbm. Exceeded") == 20.5 * 2**30
     assert _temporaries("RESOURCE_EXHAUSTED") == 0
+
+
+def test_programs_that_jaxlib_cannot_read_back():
+    """As libtpu makes them for SparseCores: the compiler writes them down instead."""
+
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    class Lowered:
+        def compile(self, options):
+            assert options["xla_dump_hlo_as_text"] is True
+            for name in ("m.before_optimizations.txt", "m.after_optimizations.txt"):
+                (Path(options["xla_dump_to"]) / name).write_text(name)
+
+    assert _text(Lowered(), Unreadable()) == "m.after_optimizations.txt"
 
 
 def test_the_makers_figures_are_of_one_device():
