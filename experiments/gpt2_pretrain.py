@@ -52,6 +52,15 @@ class GPT2Pretrain(TextRun):
     z_loss: float = 0.0
     """Weight of logsumexp(logits)^2, which keeps logits from drifting."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.objective.length > self.model.positions:
+            raise ValueError(
+                f"--objective.length is {self.objective.length}, but the model has"
+                f" {self.model.positions} positions: choose a smaller length or more"
+                " --model.positions"
+            )
+
     def task(self, devices: Sequence[jax.Device] | None = None) -> Causal:
         return Causal(GPT2(self.model, self.execution.resolve(devices)), self.z_loss)
 

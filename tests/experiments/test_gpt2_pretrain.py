@@ -55,7 +55,7 @@ def test_other_tokenizers(run, arguments, tmp_path, flags):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--objective.length", "65"], ["65 tokens do not fit the 64 positions"]),
+        (["--objective.length", "65"], ["--objective.length is 65", "64 positions"]),
         (["--model.heads", "3"], ["64, which does not divide into 3 heads"]),
         (["--model.vocab", "128"], ["128", "rows"]),
     ],
