@@ -21,6 +21,7 @@ A real run lands between the two at best.
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -165,12 +166,21 @@ def sweep(settings, topology, progress) -> list[tuple[str, object]]:
         whole = tried and tried[0][1].mesh["data"] == slices
         if mesh.model and whole and found[0][1].fits and found[0] not in tried:
             break
-    # Activations divided too, where that may help: beside the best tensor parallelism.
-    tensor = [one for one in found if one[1].mesh["model"] > 1][:1]
-    for _, report in tensor:
-        for activations in ("width", "length"):
-            mesh = MeshOptions(model=report.mesh["model"], slices=slices, activations=activations)
-            found += attempts(settings, topology, "fsdp_tp", mesh, progress.console)
+    if found and found[0][1].fits:
+        report = found[0][1]
+        model = report.mesh["model"]
+        mesh = MeshOptions(model=model if model > 1 else None, slices=slices)
+        if recomputed(report) > 0.2:
+            # Only full rematerialisation fits: pieces may leave room for the outputs of products.
+            pieces = 2 * settings.fit.microbatches
+            found += fitting(
+                settings, topology, report.strategy, mesh, progress.console, "matmuls", pieces
+            )
+        elif mesh.model:
+            # Devices wait for each other: activations divided too may help.
+            for activations in ("width", "length"):
+                divided = dataclasses.replace(mesh, activations=activations)
+                found += attempts(settings, topology, report.strategy, divided, progress.console)
     progress.advance(task)
     return ranked(found)
 
@@ -182,8 +192,13 @@ def settled(report) -> bool:
         report.fits
         and report.step_seconds is not None
         and report.collective_seconds <= 0.05 * report.step_seconds
-        and report.hardware_flops_per_step <= 1.1 * report.model_flops_per_step
+        and recomputed(report) <= 0.1
     )
+
+
+def recomputed(report) -> float:
+    """Products computed again, as a share of the model's."""
+    return report.hardware_flops_per_step / report.model_flops_per_step - 1
 
 
 def ranked(found: list[tuple[str, object]]) -> list[tuple[str, object]]:
@@ -204,42 +219,53 @@ def attempts(settings, topology, strategy, mesh, console) -> list[tuple[str, obj
     The first keeps the outputs of products, which is most often the fastest: to store scores too
     may cost more than to compute them again. Where memory abounds, that is tried beside it.
     """
-    found, remat, pieces = [], "matmuls", settings.fit.microbatches
-    while True:
-        words = f"{strategy}, {mesh_words(mesh)}remat {remat}"
-        words += f", {pieces} micro-batches" if pieces > 1 else ""
-        tried = dataclasses.replace(
-            settings,
-            strategy=strategy,
-            mesh=mesh,
-            execution=dataclasses.replace(settings.execution, remat=remat),
-            fit=dataclasses.replace(settings.fit, microbatches=pieces),
-        )
-        try:
-            report = planned(tried, topology)
-        except ValueError as error:
-            console.print(f"{words}: {error}", highlight=False)
+    plan = functools.partial(attempt, settings, topology, strategy, mesh, console)
+    found = plan("matmuls", settings.fit.microbatches)
+    if not found:
+        return found
+    report = found[0][1]
+    if report.memory is None or report.state_bytes >= report.memory:
+        return found
+    if report.fits:
+        if recomputed(report) < 0.03 or 3 * report.bytes_per_device > report.memory:
             return found
-        found.append((words, report))
-        if report.memory is None or report.state_bytes >= report.memory:
-            return found
+        return found + plan("none", settings.fit.microbatches)
+    if strategy == "dp" and 2 * report.state_bytes > report.memory:
+        return found  # copies leave so little room that fsdp is the better by far
+    pieces = settings.fit.microbatches
+    return found + fitting(settings, topology, strategy, mesh, console, "full", pieces)
+
+
+def fitting(settings, topology, strategy, mesh, console, remat, pieces) -> list[tuple[str, object]]:
+    """Plans of one kind of rematerialisation in more and more micro-batches until one fits."""
+    found = []
+    while tried := attempt(settings, topology, strategy, mesh, console, remat, pieces):
+        found += tried
+        report = tried[0][1]
         if report.fits:
-            recomputed = report.hardware_flops_per_step / report.model_flops_per_step - 1
-            if (
-                remat != "matmuls"
-                or recomputed < 0.03
-                or 3 * report.bytes_per_device > report.memory
-            ):
-                return found
-            remat = "none"
-        elif remat == "none":
-            return found
-        elif remat == "matmuls":
-            remat = "full"
-        else:
-            room = report.memory - report.state_bytes
-            excess = (report.bytes_per_device - report.state_bytes) / room
-            pieces *= 2 ** max(1, math.ceil(math.log2(max(excess, 1))))
+            break
+        room = report.memory - report.state_bytes
+        excess = (report.bytes_per_device - report.state_bytes) / room
+        pieces *= 2 ** max(1, math.ceil(math.log2(max(excess, 1))))
+    return found
+
+
+def attempt(settings, topology, strategy, mesh, console, remat, pieces) -> list[tuple[str, object]]:
+    """One plan, in words and as a report; none where the batch does not divide so."""
+    words = f"{strategy}, {mesh_words(mesh)}remat {remat}"
+    words += f", {pieces} micro-batches" if pieces > 1 else ""
+    tried = dataclasses.replace(
+        settings,
+        strategy=strategy,
+        mesh=mesh,
+        execution=dataclasses.replace(settings.execution, remat=remat),
+        fit=dataclasses.replace(settings.fit, microbatches=pieces),
+    )
+    try:
+        return [(words, planned(tried, topology))]
+    except ValueError as error:
+        console.print(f"{words}: {error}", highlight=False)
+        return []
 
 
 def mesh_words(mesh) -> str:
