@@ -206,7 +206,8 @@ def assemble(
     """Rows of examples as arrays of fixed shape.
 
     Args:
-        rows: per row its examples, which become segments 1, 2, ... with positions from 0 each.
+        rows: per row its examples, which become segments 1, 2, ... with positions from 0 each, or
+            with those that an example has as `targets_positions`.
         lengths: S of `inputs` and T of `targets`.
 
     Returns:
@@ -230,7 +231,8 @@ def assemble(
                         f"or longer {name}"
                     )
                 ids[row, start:end] = example[name]
-                positions[row, start:end] = counted[: end - start]
+                own = example.get(f"{name}_positions")
+                positions[row, start:end] = counted[: end - start] if own is None else own
                 segments[row, start:end] = segment
         batch[name] = ids
         batch[f"{name}_positions"] = positions

@@ -45,6 +45,7 @@ class SentencePieceTokenizer:
       model: the bytes of the .model file.
       vocab_size: ids in use, sentinels included (32,100 for T5; a model may have more rows).
       pad_id, eos_id, unk_id: 0, 1 and 2 in T5's layout.
+      bos_id, mask_id: None; T5 has neither.
       sentinels: int32; `sentinels[k]` is the id of <extra_id_k>.
       sha256: names the model and its sentinels.
     """
@@ -62,6 +63,7 @@ class SentencePieceTokenizer:
         self.pad_id = self._pieces.pad_id()
         self.eos_id = self._pieces.eos_id()
         self.unk_id = self._pieces.unk_id()
+        self.bos_id = self.mask_id = None
         for token in ("pad", "eos"):
             if getattr(self, f"{token}_id") < 0:
                 raise ValueError(

@@ -269,6 +269,16 @@ class Bert(nn.Module):
         x = constrain(x, "batch", "activation_length", "activation_embed")
         return self.layers(x, same_segment(segment_ids, segment_ids))[0]
 
+    def guess(
+        self, encoded: Float[Array, "B T D"], places: Int[Array, "B P"]
+    ) -> Float[Array, "B P D"]:
+        """What `output_matrix` multiplies, before `vocabulary_bias`, for the words in `places`."""
+        return self.head(jnp.take_along_axis(encoded, places[..., None], axis=1))
+
+    def vocabulary_bias(self) -> Float[Array, " V"]:
+        """float32."""
+        return self.output_bias
+
     def pool(self, encoded: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """What a classifier of whole texts reads."""
         return self.pooler(encoded)

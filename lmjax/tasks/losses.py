@@ -34,12 +34,13 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
+    bias: Float[Array, " V"] | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     valid_rows: int | None = None,
     chunk_bytes: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Sums over all tokens of weight x loss, where logits are `features @ matrix.T`.
+    """Sums over all tokens of weight x loss, where logits are `features @ matrix.T + bias`.
 
     The loss of a token is its cross-entropy against a target smoothed by `label_smoothing`, minus
     the entropy of that smoothed target (a perfect prediction has loss 0), plus
@@ -51,6 +52,7 @@ def cross_entropy(
             bfloat16. Products accumulate in float32 either way.
         targets: ids below `valid_rows`; anything where the weight is 0.
         weights: 0 for padding.
+        bias: float32, one for every row.
         valid_rows: rows from here on are padding: they take no part in the softmax and get no
             gradient. All V rows by default.
         chunk_bytes: float32 logits to hold at a time, per device where a mesh is set. By default
@@ -59,8 +61,8 @@ def cross_entropy(
             the batch is sharded, every chunk sums the matrix gradient over devices: take more.
 
     Returns:
-        The sum of the losses, differentiable with respect to `features` and `matrix`, and sums
-        for reporting, through which no gradient flows: `nll` (negative log-likelihood, nats,
+        The sum of the losses, differentiable with respect to `features`, `matrix` and `bias`, and
+        sums for reporting, through which no gradient flows: `nll` (negative log-likelihood, nats,
         without smoothing), `z_loss`, and `correct` (targets that score above every other row).
 
     Raises:
@@ -80,6 +82,8 @@ def cross_entropy(
     for name, array in {"targets": targets, "weights": weights}.items():
         if array.shape != (batch, length):
             raise ValueError(f"{name} have shape {array.shape}, expected {(batch, length)}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias has shape {bias.shape}, expected {(rows,)}, one for every row")
     if not 1 <= valid_rows <= rows:
         raise ValueError(f"valid_rows is {valid_rows}, expected 1 to {rows}, the matrix's rows")
     if not 0 <= label_smoothing < 1:
@@ -90,7 +94,7 @@ def cross_entropy(
         raise ValueError(f"chunk_bytes is {chunk_bytes}, expected a positive number of bytes")
     chunks = min(length, math.ceil(4 * batch * length * rows / (chunk_bytes * parallel_devices())))
     settings = _Settings(z_loss, label_smoothing, valid_rows, chunks)
-    sums = _cross_entropy(features, matrix, targets, weights.astype(jnp.float32), settings)
+    sums = _cross_entropy(features, matrix, bias, targets, weights.astype(jnp.float32), settings)
     return sums.pop("loss"), jax.lax.stop_gradient(sums)
 
 
@@ -99,8 +103,9 @@ def token_loss(
     matrix: Float[Array, "V D"],
     batch: Batch,
     normalizers: Scalars,
-    z_loss: float,
-    label_smoothing: float,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    bias: Float[Array, " V"] | None = None,
 ) -> tuple[Float[Array, ""], Scalars]:
     """The cross-entropy of a batch's `targets`, by their `loss_weights`, and its metrics.
 
@@ -111,6 +116,7 @@ def token_loss(
         matrix,
         batch["targets"],
         batch["loss_weights"],
+        bias=bias,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
     )
@@ -132,40 +138,44 @@ def check_regularisers(z_loss: float, label_smoothing: float) -> None:
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(features, matrix, targets, weights, settings: _Settings):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _cross_entropy(features, matrix, bias, targets, weights, settings: _Settings):
     def add(sums, chunk):
         x, targets, weights = chunk
-        _, _, own = _chunk_sums(x, matrix, targets, weights, settings)
+        _, _, own = _chunk_sums(x, matrix, bias, targets, weights, settings)
         return jax.tree.map(jnp.add, sums, own), None
 
     chunks = _split((features, targets, weights), settings.chunks)
     return jax.lax.scan(add, _zero_sums(), chunks)[0]
 
 
-def _forward(features, matrix, targets, weights, settings: _Settings):
+def _forward(features, matrix, bias, targets, weights, settings: _Settings):
     """The sums, and as residuals the gradients of the loss, complete but for its cotangent."""
 
     def add(carry, chunk):
-        sums, matrix_gradient = carry
+        sums, matrix_gradient, bias_gradient = carry
         x, targets, weights = chunk
-        logits, log_z, own = _chunk_sums(x, matrix, targets, weights, settings)
+        logits, log_z, own = _chunk_sums(x, matrix, bias, targets, weights, settings)
         logits_gradient = _logits_gradient(logits, log_z, targets, weights, settings)
+        if bias is not None:
+            bias_gradient += logits_gradient.sum(0)
         logits_gradient = logits_gradient.astype(x.dtype)
         x_gradient = _product(logits_gradient, matrix, 1, 0).astype(x.dtype)
         matrix_gradient += _product(logits_gradient, x, 0, 0)
-        return (jax.tree.map(jnp.add, sums, own), matrix_gradient), x_gradient
+        return (jax.tree.map(jnp.add, sums, own), matrix_gradient, bias_gradient), x_gradient
 
-    start = (_zero_sums(), jnp.zeros(matrix.shape, jnp.float32))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (matrix, bias))
+    start = (_zero_sums(), *zeros)
     chunks = _split((features, targets, weights), settings.chunks)
-    (sums, matrix_gradient), gradients = jax.lax.scan(add, start, chunks)
-    return sums, (_join(gradients, features.shape), matrix_gradient.astype(matrix.dtype))
+    (sums, matrix_gradient, bias_gradient), gradients = jax.lax.scan(add, start, chunks)
+    gradients = _join(gradients, features.shape)
+    return sums, (gradients, matrix_gradient.astype(matrix.dtype), bias_gradient)
 
 
 def _backward(settings: _Settings, gradients, cotangents):
     del settings
     scale = cotangents["loss"]
-    return *((scale * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+    return *jax.tree.map(lambda x: (scale * x).astype(x.dtype), gradients), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -181,10 +191,12 @@ def _product(a, b, a_axis: int, b_axis: int):
     return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
 
 
-def _chunk_sums(x, matrix, targets, weights, settings: _Settings):
+def _chunk_sums(x, matrix, bias, targets, weights, settings: _Settings):
     """The logits [R, V] of R tokens, their logsumexp [R, 1], and the sums over these tokens."""
     rows = jnp.arange(matrix.shape[0])
     logits = _product(x, matrix, 1, 1)
+    if bias is not None:
+        logits += bias
     if settings.valid_rows < len(rows):
         logits = jnp.where(rows < settings.valid_rows, logits, jnp.finfo(jnp.float32).min)
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)

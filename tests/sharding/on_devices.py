@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 
+from lmjax.models.bert import Bert, BertConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
@@ -20,6 +21,7 @@ from lmjax.sharding.planning import plan_step
 from lmjax.sharding.strategies import MeshOptions
 from lmjax.sharding.topology import Topology
 from lmjax.tasks.causal import Causal
+from lmjax.tasks.masked import Masked
 from lmjax.tasks.seq2seq import Seq2Seq
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import bytes_per_device
@@ -41,6 +43,19 @@ ODD = T5Config(
 # GPT-2's own vocabulary, which divides by nothing but 29 and 1,733.
 GPT2_SIZES = GPT2Config(
     vocab=50_257, positions=32, layers=2, width=128, heads=8, feed_forward=512, dropout=0.0
+)
+# Fifteen heads and 1,005 rows divide by nothing that eight devices make.
+BERT_SIZES = BertConfig(
+    vocab=1_005,
+    positions=32,
+    first_position=2,
+    token_types=1,
+    layers=2,
+    width=120,
+    heads=15,
+    feed_forward=512,
+    kind="masked_lm",
+    dropout=0.0,
 )
 
 
@@ -71,6 +86,21 @@ def causal(config) -> dict[str, np.ndarray]:
     return {name: rows[name] for name in names} | {"targets": targets, "loss_weights": weights}
 
 
+def masked(config) -> dict[str, np.ndarray]:
+    """Guesses the words at three places of each row; where a text has no fourth, none."""
+    rows = text_to_text(config)
+    batch = {name: array for name, array in rows.items() if name.startswith("inputs")}
+    places = np.array([0, 1, 1, 3]) + np.zeros((ROWS, 1), int)
+    segments = np.array([1, 1, 2, 2]) + np.zeros((ROWS, 1), int)
+    lengths = [(rows["inputs_segment_ids"] == segment).sum(1) for segment in (1, 2)]
+    there = places < np.where(segments == 1, lengths[0][:, None], lengths[1][:, None])
+    starts = np.where(segments == 1, 0, lengths[0][:, None])
+    truth = np.take_along_axis(rows["inputs"], np.where(there, starts + places, 0), 1)
+    targets = {"targets": truth, "targets_positions": places, "targets_segment_ids": segments}
+    targets = {name: np.where(there, x, 0).astype(np.int32) for name, x in targets.items()}
+    return {**batch, **targets, "loss_weights": there.astype(np.float32)}
+
+
 # Every model has a line here, and one with a shape that divides by nothing.
 MODELS = {
     "t5": (t5(EVEN, "matmuls"), Adafactor(Constant(0.03)), text_to_text(EVEN)),
@@ -83,6 +113,11 @@ MODELS = {
         Causal(GPT2(GPT2_SIZES, Execution("float32", "full"))),
         AdamW(Constant(3e-3)),
         causal(GPT2_SIZES),
+    ),
+    "bert": (
+        Masked(Bert(BERT_SIZES, Execution("float32", "matmuls"))),
+        AdamW(Constant(3e-3)),
+        masked(BERT_SIZES),
     ),
 }
 LAYOUTS = {
