@@ -13,11 +13,13 @@ import numpy as np
 
 from lmjax.data.fast_tokenizers import FastTokenizer
 from lmjax.data.tokenizers import Tokenizer, load_tokenizer
+from lmjax.interop import bart as bart_interop
 from lmjax.interop import bert as bert_interop
 from lmjax.interop import gpt2 as gpt2_interop
 from lmjax.interop import mapping
 from lmjax.interop import t5 as t5_interop
 from lmjax.interop.safetensors import CONFIG, Tensors, local_directory, read_json
+from lmjax.models.bart import Bart, BartConfig
 from lmjax.models.bert import Bert, BertConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
@@ -64,7 +66,22 @@ _BERT = System(
     bert_interop.import_params,
     FastTokenizer.find,
 )
-SYSTEMS = {"t5": _T5, "mt5": _T5, "gpt2": _GPT2, "bert": _BERT, "roberta": _BERT}
+_BART = System(
+    BartConfig,
+    Bart,
+    bart_interop.parameter_shapes,
+    bart_interop.config_from_json,
+    bart_interop.import_params,
+    FastTokenizer.find,
+)
+SYSTEMS = {
+    "t5": _T5,
+    "mt5": _T5,
+    "gpt2": _GPT2,
+    "bert": _BERT,
+    "roberta": _BERT,
+    "bart": _BART,
+}
 """By the `model_type` of a config.json, Hugging Face's or a run's."""
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lmjax.decoding.beam_search import Beam, Hypotheses, beam_search, repeated
 from lmjax.decoding.sampling import GREEDY, Sampling, log_probability, sample
-from lmjax.models import gpt2, t5
+from lmjax.models import bart, gpt2, t5
 
 
 class Generated(NamedTuple):
@@ -26,7 +26,7 @@ class Generated(NamedTuple):
 
 
 def generate(
-    model: t5.T5 | gpt2.GPT2,
+    model: t5.T5 | bart.Bart | gpt2.GPT2,
     params,
     inputs: Int[Array, "B S"],
     *,
@@ -39,8 +39,9 @@ def generate(
 ) -> Generated | Hypotheses:
     """What the model writes: Hypotheses of a Beam, else Generated.
 
-    `inputs` are texts to answer, padded with 0 (T5), or to continue (GPT-2), of `lengths` tokens
-    each, by default all of S; what stands behind a shorter one is not read.
+    `inputs` are texts to answer, padded with 0 (T5) or `config.padding` (BART), or to continue
+    (GPT-2), of `lengths` tokens each, by default all of S; what stands behind a shorter one is not
+    read.
 
     Compiled once for each shape, model and setting; other parameters reuse the program. `eos` ends
     a text (None: nothing does) and counts as one of `max_length`. Ids from `vocab_size` on, which
@@ -56,8 +57,10 @@ def generate(
         raise ValueError(f"vocab_size is {vocab}; the model has {model.config.vocab} ids")
     if eos is not None and not 0 <= eos < vocab:
         raise ValueError(f"eos is {eos}, not one of the {vocab} ids; None lets no token end a text")
-    if lengths is not None and isinstance(model, t5.T5):
-        raise ValueError("T5 knows the lengths of its inputs by their padding: drop lengths")
+    if lengths is not None and not isinstance(model, gpt2.GPT2):
+        raise ValueError(
+            "an encoder knows the lengths of its inputs by their padding: drop lengths"
+        )
     if isinstance(strategy, Sampling) and strategy.temperature > 0 and key is None:
         raise ValueError("sampling needs a key: pass key=jax.random.key(seed), or strategy=GREEDY")
     inputs = jnp.asarray(inputs, jnp.int32)
@@ -78,9 +81,10 @@ def _read(model, params, inputs, lengths, max_length, beams):
     """`extend` of the model, its state with room for `max_length` tokens, and the one to begin with
     [B, 1]."""
     batch, length = inputs.shape
-    if isinstance(model, t5.T5):
-        state = t5.start_decoding(model, params, inputs, max_length, beams=beams)
-        return t5.extender(model, params), state, jnp.zeros((batch, 1), jnp.int32)
+    if not isinstance(model, gpt2.GPT2):
+        system, start = (t5, 0) if isinstance(model, t5.T5) else (bart, model.config.start)
+        state = system.start_decoding(model, params, inputs, max_length, beams=beams)
+        return system.extender(model, params), state, jnp.full((batch, 1), start, jnp.int32)
     lengths = jnp.full(batch, length) if lengths is None else lengths
     extend = gpt2.extender(model, params)
     state = gpt2.start_decoding(model, batch, length - 1 + max_length)

@@ -263,6 +263,30 @@ class KeyValue(NamedTuple):
         return KeyValue(settle(self.keys), settle(self.values))
 
 
+class LayerState(NamedTuple):
+    """Keys and values of one layer of an encoder-decoder's decoder, with heads before positions:
+    [rows, N, S, H]."""
+
+    past: KeyValue
+    """Buffers of fixed length; positions from `DecodingState.length` on are not written yet."""
+    memory: KeyValue
+    """Keys and values of the encoder's output, computed once."""
+
+
+class DecodingState(NamedTuple):
+    """All that decoding carries in an encoder-decoder; the first axis of every array is rows.
+
+    The decoder has one row per text, or with beams several neighbouring rows that share one row of
+    `memory` and `visible`.
+    """
+
+    layers: tuple[LayerState, ...]
+    length: Int[Array, " rows"]
+    """Tokens of each decoder row read so far."""
+    visible: Bool[Array, "B S"]
+    """Which source tokens are no padding."""
+
+
 def all_logits(
     features: Float[Array, "B T D"], matrix: Float[Array, "V D"]
 ) -> Float[Array, "B T V"]:

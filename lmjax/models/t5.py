@@ -16,7 +16,6 @@ in transformers).
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -24,8 +23,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.models.layers import (
+    DecodingState,
     Execution,
     KeyValue,
+    LayerState,
     RMSNorm,
     all_logits,
     attention,
@@ -121,29 +122,6 @@ PRESETS = {
     **{f"v1_1-{size}": config for size, config in _V1_1.items()},
     **{f"mt5-{size}": dataclasses.replace(config, vocab=250_112) for size, config in _V1_1.items()},
 }
-
-
-class LayerState(NamedTuple):
-    """Keys and values of one layer, with heads before positions: [rows, N, S, H]."""
-
-    past: KeyValue
-    """Buffers of fixed length; positions from `DecodingState.length` on are not written yet."""
-    memory: KeyValue
-    """Keys and values of the encoder's output, computed once."""
-
-
-class DecodingState(NamedTuple):
-    """All that decoding carries; the first axis of every array is rows.
-
-    The decoder has one row per text, or with beams several neighbouring rows that share one row of
-    `memory` and `visible`.
-    """
-
-    layers: tuple[LayerState, ...]
-    length: Int[Array, " rows"]
-    """Tokens of each decoder row read so far."""
-    visible: Bool[Array, "B S"]
-    """Which source tokens are no padding."""
 
 
 def relative_position_bucket(
