@@ -33,6 +33,7 @@ from lmjax.models.layers import (
     dropout_key,
     few_rows_logits,
     lookup,
+    positions_within,
     same_segment,
     split_heads,
     stack,
@@ -250,8 +251,8 @@ class Bart(nn.Module):
     """A text-to-text model.
 
     The decoder reads `config.start` first. Segment ids number the texts packed in a row from 1,
-    with 0 for padding, and positions count from 0 in each; left out, `inputs` is one text padded
-    with `config.padding`, and targets are one text (what follows it cannot reach it).
+    with 0 for padding; left out, `inputs` is one text padded with `config.padding`, and targets are
+    one text (what follows it cannot reach it).
     """
 
     config: BartConfig
@@ -271,18 +272,9 @@ class Bart(nn.Module):
         decoder_inputs: Int[Array, "B T"],
         inputs_segment_ids: Int[Array, "B S"] | None = None,
         targets_segment_ids: Int[Array, "B T"] | None = None,
-        inputs_positions: Int[Array, "B S"] | None = None,
-        targets_positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the target after each of `decoder_inputs` (targets shifted right), float32."""
-        features = self.features(
-            inputs,
-            decoder_inputs,
-            inputs_segment_ids,
-            targets_segment_ids,
-            inputs_positions,
-            targets_positions,
-        )
+        features = self.features(inputs, decoder_inputs, inputs_segment_ids, targets_segment_ids)
         return all_logits(features, self.embedding)
 
     def features(
@@ -291,17 +283,15 @@ class Bart(nn.Module):
         decoder_inputs: Int[Array, "B T"],
         inputs_segment_ids: Int[Array, "B S"] | None = None,
         targets_segment_ids: Int[Array, "B T"] | None = None,
-        inputs_positions: Int[Array, "B S"] | None = None,
-        targets_positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the output matrix multiplies; losses take this, so full logits need not exist."""
         segments = self.segments(inputs, inputs_segment_ids)
-        encoded = self.encode(inputs, segments, inputs_positions)
+        encoded = self.encode(inputs, segments)
         targets = jnp.ones_like(decoder_inputs)
         targets = targets if targets_segment_ids is None else targets_segment_ids
         places = jnp.arange(decoder_inputs.shape[1])
         causal = same_segment(targets, targets) & (places <= places[:, None])
-        x = self.embed(decoder_inputs, places if targets_positions is None else targets_positions)
+        x = self.embed(decoder_inputs, positions_within(targets))
         x, _ = self.decoder_layers(x, encoded, causal, same_segment(targets, segments))
         return x
 
@@ -310,13 +300,9 @@ class Bart(nn.Module):
         return (inputs != self.config.padding).astype(jnp.int32) if given is None else given
 
     def encode(
-        self,
-        inputs: Int[Array, "B S"],
-        segments: Int[Array, "B S"],
-        positions: Int[Array, "B S"] | None = None,
+        self, inputs: Int[Array, "B S"], segments: Int[Array, "B S"]
     ) -> Float[Array, "B S D"]:
-        places = jnp.arange(inputs.shape[1]) if positions is None else positions
-        x = self.encoder_positions(lookup(self.embedding, inputs), places)
+        x = self.encoder_positions(lookup(self.embedding, inputs), positions_within(segments))
         return self.encoder_layers(x, same_segment(segments, segments))[0]
 
     def embed(

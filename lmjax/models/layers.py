@@ -236,6 +236,13 @@ def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Ar
     return (queries[:, :, None] == keys[:, None, :])[:, None]
 
 
+def positions_within(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The place of each token in its own text, counted from 0."""
+    places = jnp.arange(segments.shape[1])
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return places - jax.lax.cummax(jnp.where(first, places, 0), axis=1)
+
+
 class KeyValue(NamedTuple):
     """What one attention reads: a decoder's own past, or an encoder's output."""
 

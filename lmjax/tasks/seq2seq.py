@@ -24,6 +24,8 @@ class Seq2Seq:
     """Weight of logsumexp(logits)^2; T5 pretrains with 1e-4."""
     label_smoothing: float = 0.0
     """Probability that the smoothed target spreads over the other entries of the vocabulary."""
+    start: int = 0
+    """The id that the decoder reads first."""
 
     def __post_init__(self):
         check_regularisers(self.z_loss, self.label_smoothing)
@@ -42,7 +44,7 @@ class Seq2Seq:
         features = self.model.apply(
             variables,
             batch["inputs"],
-            shift_right(batch["targets"], batch["targets_positions"]),
+            shift_right(batch["targets"], batch["targets_positions"], self.start),
             batch["inputs_segment_ids"],
             batch["targets_segment_ids"],
             method="features",

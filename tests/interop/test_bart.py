@@ -131,13 +131,12 @@ def test_packed_texts_do_not_see_each_other(ours, texts):
     (inputs, targets), sizes = texts, [(11, 5), (7, 4)]
     lengths = np.array(sizes).T
     segments = [np.repeat([1, 2], n)[None] for n in lengths]
-    positions = [np.concatenate([np.arange(k) for k in n])[None] for n in lengths]
     together = [
         np.concatenate([rows[i, :k] for i, k in enumerate(n)])[None]
         for rows, n in zip((inputs, targets), lengths, strict=True)
     ]
     with jax.default_matmul_precision("highest"):
-        packed = model.apply({"params": params}, *together, *segments, *positions)
+        packed = model.apply({"params": params}, *together, *segments)
         alone = [
             model.apply({"params": params}, inputs[i : i + 1, :s], targets[i : i + 1, :t])
             for i, (s, t) in enumerate(sizes)

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 
+from lmjax.models.bart import Bart, BartConfig
 from lmjax.models.bert import Bert, BertConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
@@ -44,7 +45,7 @@ ODD = T5Config(
 GPT2_SIZES = GPT2Config(
     vocab=50_257, positions=32, layers=2, width=128, heads=8, feed_forward=512, dropout=0.0
 )
-# Fifteen heads and 1,005 rows divide by nothing that eight devices make.
+# Of these, fifteen heads and 1,005 rows divide by nothing that eight devices make.
 BERT_SIZES = BertConfig(
     vocab=1_005,
     positions=32,
@@ -56,6 +57,17 @@ BERT_SIZES = BertConfig(
     feed_forward=512,
     kind="masked_lm",
     dropout=0.0,
+)
+BART_SIZES = BartConfig(
+    vocab=1_005,
+    positions=32,
+    layers=2,
+    decoder_layers=2,
+    width=120,
+    heads=15,
+    feed_forward=512,
+    dropout=0.0,
+    attention_dropout=0.0,
 )
 
 
@@ -118,6 +130,11 @@ MODELS = {
         Masked(Bert(BERT_SIZES, Execution("float32", "matmuls"))),
         AdamW(Constant(3e-3)),
         masked(BERT_SIZES),
+    ),
+    "bart": (
+        Seq2Seq(Bart(BART_SIZES, Execution("float32", "full")), start=BART_SIZES.start),
+        AdamW(Constant(3e-3)),
+        text_to_text(BART_SIZES),
     ),
 }
 LAYOUTS = {

@@ -61,7 +61,8 @@ def test_a_plan_is_what_is_executed(trained):
     assert planned["sent"][0] == planned["sent"][1] > 0
     assert planned["bytes"][0] == pytest.approx(planned["bytes"][1], rel=0.1)
     ratio = planned["flops"][0] / planned["flops"][1]
-    assert (1.01 if model == "gpt2" else 1.0) <= ratio < (1.4 if model == "gpt2" else 1.1)
+    again = MODELS[model][0].model.execution.remat == "full"
+    assert (1.01 if again else 1.0) <= ratio < (1.4 if again else 1.1)
 
 
 def test_models_constrain_their_activations(trained):
@@ -78,7 +79,7 @@ def test_divided_parameters_take_their_part_of_the_memory(trained):
         pytest.skip("nothing in it divides")
     whole, optimizer = results["one device"]["params"], results["one device"]["optimizer"]
     for name, parts in {"dp": 1, "pmap": 1, "fsdp": 8, "tp": 8, "tp 2": 2, "fsdp_tp": 4}.items():
-        if model in ("gpt2", "bert"):  # Adam's averages lie as the parameters do
+        if model in ("gpt2", "bert", "bart"):  # Adam's averages lie as the parameters do
             assert optimizer == pytest.approx(2 * whole, rel=0.01)
             assert results[name]["optimizer"] == pytest.approx(
                 2 * results[name]["params"], rel=0.01
