@@ -85,23 +85,28 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
         for name in own.topology:
             topology = find_topology(name, settings.mesh.slices)
             if not own.sweep:
-                reports.append(planned(settings, topology))
-                show(reports[-1], console)
+                report = planned(settings, topology)
+                reports.append({"preset": preset, **dataclasses.asdict(report)})
+                show(report, console)
                 continue
             with Progress(console=console, transient=True) as progress:
                 found = sweep(settings, topology, progress)
             jax.clear_caches()  # or programs of hundreds of plans pile up
             rank(found, console)
-            reports += [report for _, report in found]
+            reports += [
+                {"preset": preset, "plan": words, **dataclasses.asdict(report)}
+                for words, report in found
+            ]
             best.append((preset or "", *found[0]))
             write(own, reports, best)  # as far as it has come
     write(own, reports, best)
 
 
-def write(own: argparse.Namespace, reports: list, best: list[tuple[str, str, object]]) -> None:
+def write(
+    own: argparse.Namespace, reports: list[dict], best: list[tuple[str, str, object]]
+) -> None:
     if own.json is not None:
-        content = [dataclasses.asdict(report) for report in reports]
-        text = json.dumps(content if len(content) > 1 else content[0], indent=2)
+        text = json.dumps(reports if len(reports) > 1 else reports[0], indent=2)
         own.json.write_text(text + "\n")
     if own.markdown is not None and best:
         own.markdown.write_text(markdown(best))

@@ -65,7 +65,7 @@ def test_plans_are_ranked(tmp_path):
     middles = [one["step_seconds"] + one["step_seconds_exposed"] for one in found]
     assert middles == sorted(middles)
     *_, best = (tmp_path / "best.md").read_text().splitlines()
-    assert best.startswith("|  | 2 x v5e:1x2 | ")
+    assert best.startswith(f"|  | 2 x v5e:1x2 | {found[0]['plan']} | ")
     assert "collectives hidden / exposed" in printed
 
 
