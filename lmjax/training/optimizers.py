@@ -164,9 +164,15 @@ class AdamW:
     """Added to the root of the mean squared gradient."""
     weight_decay: float = 0.01
     """Fraction of a "decay" parameter taken away per step, before the learning rate."""
+    bias_correction: bool = True
+    """Divide the means by the weight of the gradients in them, as Adam does; BERT and XLNet were
+    trained without (google-research/bert optimization.py)."""
+    layer_decay: float = 1.0
+    """What part of a layer's learning rate the layer below it has; XLNet is fine-tuned with 0.75.
+    What is in no stack of layers has the whole rate."""
 
     def __post_init__(self):
-        _check_positive(self, "epsilon", "gradient_clip")
+        _check_positive(self, "epsilon", "gradient_clip", "layer_decay")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
@@ -185,12 +191,18 @@ class AdamW:
         def update(grads, state, params):
             rate = self.schedule(state.count)
             directions, state = adam.update(grads, state)
+            if not self.bias_correction:
+                directions = jax.tree.map(
+                    lambda mean, square: mean / (jnp.sqrt(square) + self.epsilon),
+                    state.mu,
+                    state.nu,
+                )
 
-            def scaled(direction, param, label):
+            def scaled(direction, param, label, axes):
                 decay = self.weight_decay if label == "decay" else 0.0
-                return -rate * (direction + decay * param)
+                return -rate * self._layer_rates(param, axes) * (direction + decay * param)
 
-            return jax.tree.map(scaled, directions, params, kept_labels), state
+            return jax.tree.map(scaled, directions, params, kept_labels, axes), state
 
         def state_axes(params, entries):
             del params
@@ -198,6 +210,13 @@ class AdamW:
 
         optimizer = Optimizer(adam.init, update, state_axes)
         return _completed(optimizer, axes, labels, self.gradient_clip)
+
+    def _layer_rates(self, param, axes):
+        """What part of the learning rate each layer of a parameter has, broadcastable to it."""
+        if self.layer_decay == 1 or axes[:1] != ("layers",):
+            return 1.0
+        above = jnp.arange(len(param))[::-1].astype(jnp.float32)
+        return (self.layer_decay**above).reshape(-1, *(1,) * (param.ndim - 1))
 
 
 def _trained(labels, tree):

@@ -46,6 +46,9 @@ class Linear:
     """Steps of linear rise; the update at step 0 then has learning rate 0."""
     end: float = 0.0
     """The learning rate at the horizon."""
+    from_start: bool = False
+    """The line falls from `peak` at step 0, and the warm-up only cuts off its beginning, as in the
+    reference code of BERT and XLNet."""
 
     def __post_init__(self):
         _check_rate("peak", self.peak)
@@ -54,7 +57,8 @@ class Linear:
             raise ValueError(f"end is {self.end}, expected 0 <= end <= peak, which is {self.peak}")
 
     def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
-        decayed = self.peak + (self.end - self.peak) * _progress(step, self.warmup, self.horizon)
+        progress = _progress(step, 0 if self.from_start else self.warmup, self.horizon)
+        decayed = self.peak + (self.end - self.peak) * progress
         return _warmed(step, self.warmup, self.peak, decayed)
 
 

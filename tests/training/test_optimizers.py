@@ -152,11 +152,17 @@ def test_adafactor_statistics_are_factored_as_in_t5(axes, shape, expected):
     assert {m.dtype for m in moments} == {jnp.dtype("float32")}
 
 
-def test_adamw_follows_the_formulas_and_decays_what_is_labelled():
+@pytest.mark.parametrize("corrected", [True, False])
+def test_adamw_follows_the_formulas_and_decays_what_is_labelled(corrected):
     params, grads = trajectory()
     labels = {**labelled(params), "vector": "no_decay", "wide": "no_decay"}
     settings = AdamW(
-        Linear(0.01, 20, warmup=5), gradient_clip=None, weight_decay=0.1, epsilon=1e-3, beta2=0.9
+        Linear(0.01, 20, warmup=5),
+        gradient_clip=None,
+        weight_decay=0.1,
+        epsilon=1e-3,
+        beta2=0.9,
+        bias_correction=corrected,
     )
     ours, _ = run(settings, params, grads, labels=labels)
     for name, start in params.items():
@@ -165,11 +171,26 @@ def test_adamw_follows_the_formulas_and_decays_what_is_labelled():
         for t, grad in enumerate(grads):
             g = np.array(grad[name], np.float64)
             m, v = 0.9 * m + 0.1 * g, 0.9 * v + 0.1 * g**2
-            step = m / (1 - 0.9 ** (t + 1)) / (np.sqrt(v / (1 - 0.9 ** (t + 1))) + 1e-3)
+            weight = 1 - 0.9 ** (t + 1) if corrected else 1
+            step = m / weight / (np.sqrt(v / weight) + 1e-3)
             decay = 0.1 if labels[name] == "decay" else 0.0
             rate = 0.01 * (t / 5 if t < 5 else max(0, (20 - t) / 15))
             param = param - rate * (step + decay * param)
         assert error(ours[name], param) < 5e-7, name
+
+
+def test_a_layer_moves_less_than_the_one_above_it():
+    """By the factor, for a first step: its size does not depend on the gradient's."""
+    params, grads = trajectory()
+    whole, _ = run(AdamW(Constant(0.1)), params, grads[:1])
+    decayed, _ = run(AdamW(Constant(0.1), layer_decay=0.75), params, grads[:1])
+    for name, start in params.items():
+        moved, less = whole[name] - start, decayed[name] - start
+        if AXES[name][0] != "layers":
+            np.testing.assert_array_equal(moved, less)
+            continue
+        for layer, factor in enumerate([0.75**2, 0.75, 1.0]):
+            np.testing.assert_allclose(less[layer], factor * moved[layer], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [Adafactor(), AdamW(Constant(0.1))])

@@ -14,6 +14,7 @@ from lmjax.training.schedules import Constant, Cosine, InverseSquareRoot, Linear
         (InverseSquareRoot(scale=2, warmup=4), {0: 1, 4: 1, 16: 0.5}),
         (Linear(1.0, 110, warmup=10, end=0.5), {0: 0, 5: 0.5, 10: 1, 60: 0.75, 110: 0.5, 999: 0.5}),
         (Linear(2.0, 10), {0: 2, 5: 1, 10: 0, 11: 0}),
+        (Linear(1.0, 100, warmup=10, from_start=True), {0: 0, 5: 0.5, 10: 0.9, 50: 0.5, 100: 0}),
         (
             Cosine(1.0, 110, warmup=10, final_fraction=0.2),
             {0: 0, 5: 0.5, 10: 1, 35: 0.6 + 0.4 * math.sqrt(0.5), 60: 0.6, 110: 0.2, 999: 0.2},
