@@ -19,6 +19,7 @@ yours to give.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,22 +134,30 @@ def show_guesses(
         logits = all_logits(features, params["embedding"]) + params["output_bias"]
         guesses = np.asarray(logits[0, :, : tokenizer.vocab_size].argmax(-1))
         console.rule("held-out text")
-        console.print(guessed(tokenizer, example, guesses))
+        console.print(guessed(tokenizer, example, guesses, 1, len(example["inputs"]) - 1))
 
 
-def guessed(tokenizer, example, guesses: np.ndarray) -> Line:
-    """The text with [guess] in each hidden place: green where right, otherwise with the truth."""
+def guessed(tokenizer, example, guesses: np.ndarray, begin: int, end: int) -> Line:
+    """The text from place `begin` to `end` of the inputs, with [guess] in each hidden place: green
+    where right, otherwise with the truth."""
+    ids = example["inputs"].copy()
+    ids[example["targets_positions"]] = example["targets"]
+    ids = ids[begin:end]
+
+    def added(start: int, *more: int) -> str:
+        """What `more` adds to the text of `ids[:start]`, white space between words included."""
+        before, after = tokenizer.decode(ids[:start]), tokenizer.decode([*ids[:start], *more])
+        return after[len(os.path.commonprefix([before, after])) :].replace("\n", "⏎")
+
     line, start = Line(), 0
-    inputs = example["inputs"][:-1]
-    places = zip(example["targets_positions"], example["targets"], guesses, strict=True)
+    places = zip(example["targets_positions"] - begin, example["targets"], guesses, strict=True)
     for place, truth, guess in places:
-        if place == len(inputs):  # the end, which is not shown
-            continue
-        line.append(tokenizer.decode(inputs[start:place]))
-        own, right = (tokenizer.decode([id]).replace("\n", "⏎") for id in (guess, truth))
-        line.append(*((f"[{own}]", "green") if own == right else (f"[{own} / {right}]", "red")))
-        start = place + 1
-    return line.append(tokenizer.decode(inputs[start:]))
+        if 0 <= place < len(ids):
+            own, right = added(place, guess), added(place, truth)
+            line.append(added(start, *ids[start:place]))
+            line.append(*((f"[{own}]", "green") if own == right else (f"[{own} / {right}]", "red")))
+            start = place + 1
+    return line.append(added(start, *ids[start:]))
 
 
 if __name__ == "__main__":

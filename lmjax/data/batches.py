@@ -46,7 +46,8 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def row(self, index: int) -> list[tuple[int, np.ndarray]]:
-        """The (example number, tokens) that make up row `index`; each will be one segment."""
+        """The (example number, tokens or what else the objective reads) that make up row `index`;
+        each will be one segment."""
         ...
 
 
@@ -85,12 +86,13 @@ class IndexedBatches:
     """Shuffled, noised, endless batches over `rows`; see the module docstring.
 
     Attributes:
-        rows: `Windows` or `PackedDocuments`.
+        rows: `Windows`, `PackedDocuments` or `SentencePairs`.
         objective: (tokens, rng) -> 1-D `inputs` and `targets`; picklable, such as
             `functools.partial(span_corruption, sentinels=...)`.
         lengths: the fixed lengths of `inputs` and `targets` in a batch.
         batch_size: rows of the global batch.
         seed: of order and noise, from 0 to 2**63 - 1.
+        static: an example's noise is the same in every epoch.
         workers: processes that prepare batches ahead (the calling script then needs the
             `if __name__ == "__main__"` guard); 0 is one thread of this process, which is enough
             until examples take longer to make than steps.
@@ -106,6 +108,7 @@ class IndexedBatches:
     lengths: Mapping[str, int]
     batch_size: int
     seed: int
+    static: bool = False
     workers: int = 0
     process_index: int = 0
     process_count: int = 1
@@ -123,7 +126,8 @@ class IndexedBatches:
         for row in mine:
             epoch, place = divmod(step * self.batch_size + row, len(self.rows))
             index = shuffled(place, len(self.rows), self.seed, epoch)
-            examples.append(_noised(self.rows, index, self.objective, self.seed, epoch))
+            stream = 0 if self.static else epoch
+            examples.append(_noised(self.rows, index, self.objective, self.seed, stream))
         return assemble(examples, self.lengths)
 
     def start(self, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from lmjax.data.batches import Batches, IndexedBatches, Rows, Windows, evaluation_batches
 from lmjax.data.packing import PackedDocuments
+from lmjax.data.sentence_pairs import SentencePairs, Sentences
 from lmjax.data.sources import Source, TextData, open_source
 from lmjax.data.streaming import StreamingBatches
 from lmjax.data.token_store import (
@@ -99,6 +100,11 @@ def read_text(
     """
     if data.stream and workers:
         raise ValueError("data.stream reads in one thread: drop --workers")
+    if objective.corpus == "sentences" and (data.stream or data.pack):
+        raise ValueError(
+            "data.stream and data.pack are not for pairs of sentences, which are chosen from the"
+            " whole text: drop them"
+        )
     source = open_source(data)
     tokenizer = choose_tokenizer(data, source, tokenizer)
     if rows is not None and tokenizer.vocab_size > rows:
@@ -106,7 +112,7 @@ def read_text(
             f"the tokenizer has {tokenizer.vocab_size:,} ids and the model's embedding {rows:,}"
             " rows: set --model.vocab to that many or more, or a smaller --data.vocab-size"
         )
-    corpus = Ended(tokenizer) if objective.ends_documents else tokenizer
+    corpus = corpus_of(tokenizer, objective)
     common = {
         "objective": objective.bind(tokenizer),
         "lengths": objective.lengths,
@@ -130,13 +136,14 @@ def read_text(
     else:
         train = open_store(source, "train", corpus)
         validation = open_store(source, "validation", corpus)
-        train_rows = rows_of(train, data, objective)
-        batches = IndexedBatches(train_rows, seed=seed, workers=workers, **common)
+        train_rows = rows_of(train, data, objective, tokenizer, seed)
+        static = objective.corpus == "sentences"
+        batches = IndexedBatches(train_rows, seed=seed, workers=workers, static=static, **common)
         size = (
             f"{len(train):,} documents, {len(train.tokens):,} tokens, {len(train_rows):,} rows an"
             " epoch"
         )
-    held_out = held_out_rows_of(validation, data, objective)
+    held_out = held_out_rows_of(validation, data, objective, tokenizer)
     identity = {
         "text": source.fingerprint("train"),
         "tokenizer": tokenizer.sha256,
@@ -181,7 +188,18 @@ def choose_tokenizer(
     return given
 
 
-def open_store(source: Source, split: str, tokenizer: Tokenizer | Ended) -> TokenStore:
+def corpus_of(tokenizer: Tokenizer, objective: Objective) -> Tokenizer | Ended | Sentences:
+    """What makes tokens of documents as the objective reads them."""
+    match objective.corpus:
+        case "joined":
+            return tokenizer
+        case "ended":
+            return Ended(tokenizer)
+        case "sentences":
+            return Sentences(tokenizer, objective.lines)
+
+
+def open_store(source: Source, split: str, tokenizer: Tokenizer | Ended | Sentences) -> TokenStore:
     """The source's tokens, found in the cache or made now."""
     fingerprint = source.fingerprint(split)
     return build_token_store(
@@ -193,19 +211,30 @@ def open_store(source: Source, split: str, tokenizer: Tokenizer | Ended) -> Toke
     )
 
 
-def rows_of(store: TokenStore, data: TokenizedText, objective: Objective) -> Rows:
+def rows_of(
+    store: TokenizedDocuments,
+    data: TokenizedText,
+    objective: Objective,
+    tokenizer: Tokenizer,
+    seed: int,
+) -> Rows:
     """The rows to train on."""
+    if objective.corpus == "sentences":
+        return SentencePairs(store, tokenizer.eos_id, objective, seed)
     if data.pack:
         return PackedDocuments(store, objective.window, objective.sizes, objective.lengths)
     return Windows(store, objective.window)
 
 
 def held_out_rows_of(
-    documents: TokenizedDocuments, data: TokenizedText, objective: Objective
+    documents: TokenizedDocuments, data: TokenizedText, objective: Objective, tokenizer: Tokenizer
 ) -> Rows:
     """The rows to evaluate on; of text shorter than one example, a single shorter one."""
+    if objective.corpus == "sentences":
+        objective = dataclasses.replace(objective, copies=1)
+        return rows_of(documents, data, objective, tokenizer, seed=0)
     if data.pack:
-        return rows_of(documents, data, objective)
+        return rows_of(documents, data, objective, tokenizer, seed=0)
     # A single token has nothing to predict it from.
     window = max(min(objective.window, len(documents.tokens)), 2)
     return Windows(documents, window, "validation")

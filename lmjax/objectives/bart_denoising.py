@@ -199,7 +199,7 @@ class BartDenoising:
     rotate: float = 0.0
     """Share of the texts that begin at another token (document rotation)."""
 
-    ends_documents: ClassVar[bool] = False
+    corpus: ClassVar = "joined"
 
     def __post_init__(self):
         if self.length < 3:

@@ -18,7 +18,7 @@ class CausalLM:
     length: int = 1_024
     """Tokens of a row."""
 
-    ends_documents: ClassVar[bool] = True
+    corpus: ClassVar = "ended"
 
     def __post_init__(self):
         if self.length < 1:

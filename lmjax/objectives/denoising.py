@@ -32,7 +32,7 @@ class SpanCorruption:
     mean_span: float = 3.0
     """Mean length of a hidden span, in tokens."""
 
-    ends_documents: ClassVar[bool] = False
+    corpus: ClassVar = "joined"
 
     def __post_init__(self):
         _ = self.window
@@ -77,7 +77,7 @@ class IidDenoising:
     noise_density: float = 0.15
     """Probability of hiding a token."""
 
-    ends_documents: ClassVar[bool] = False
+    corpus: ClassVar = "joined"
 
     def __post_init__(self):
         if self.inputs_length < 2 or not 0 < self.noise_density < 1:
@@ -117,7 +117,7 @@ class PrefixLM:
     inputs_length: int = 512
     """Tokens of text that make one example."""
 
-    ends_documents: ClassVar[bool] = False
+    corpus: ClassVar = "joined"
 
     def __post_init__(self):
         if self.inputs_length < 2:

@@ -81,7 +81,7 @@ class MaskedLM:
     replace: float = 0.1
     """Share of these that the model sees as some other word."""
 
-    ends_documents: ClassVar[bool] = True
+    corpus: ClassVar = "ended"
 
     def __post_init__(self):
         if self.length < 3:

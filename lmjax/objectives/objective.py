@@ -1,14 +1,17 @@
 """What the data pipeline needs to know of an objective that makes its examples from tokens."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+Corpus = Literal["joined", "ended", "sentences"]
+"""Documents as they are, with an EOS after each document, or with one after each sentence."""
 
 
 class Objective(Protocol):
     """An objective's settings: a frozen dataclass, for an experiment to choose."""
 
-    ends_documents: bool
-    """Whether documents are joined with an EOS after each."""
+    corpus: Corpus
+    """How the documents it reads lie in the corpus."""
 
     @property
     def window(self) -> int:
