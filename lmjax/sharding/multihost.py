@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -75,6 +75,8 @@ def start(options: Distributed) -> str:
     """
     if jax.distributed.is_initialized():
         return _joined()
+    if options.coordinator is None:
+        options = launched_by_open_mpi(options, os.environ)
     if options.coordinator is not None:
         if options.processes == 1:
             return ""
@@ -101,6 +103,24 @@ def _joined() -> str:
     return (
         f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}, with"
         f" {jax.local_device_count()} of {jax.device_count()} devices"
+    )
+
+
+def launched_by_open_mpi(options: Distributed, variables: Mapping[str, str]) -> Distributed:
+    """The options as Open MPI 5 and later tell them by environment variables, if they do.
+
+    JAX knows earlier ones by itself. The name of a job is that of the host of mpirun, where process
+    0 is expected, and mpirun's number, from which a port is made that another job will not have.
+    """
+    job = re.fullmatch(r"prterun-(.+)-(\d+)@\d+", variables.get("PMIX_NAMESPACE", ""))
+    if job is None or "OMPI_COMM_WORLD_RANK" not in variables:
+        return options
+    host, number = job.groups()
+    return dataclasses.replace(
+        options,
+        coordinator=f"{host}:{61_440 + int(number) % 4_096}",
+        processes=int(variables["OMPI_COMM_WORLD_SIZE"]),
+        process=int(variables["OMPI_COMM_WORLD_RANK"]),
     )
 
 

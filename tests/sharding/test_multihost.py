@@ -4,11 +4,16 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lmjax.sharding.multihost import Distributed, several_in_environment
+from lmjax.sharding.multihost import (
+    Distributed,
+    launched_by_open_mpi,
+    several_in_environment,
+)
 from tests.sharding.test_elastic import ROOT, environment, losses, run
 
 
@@ -134,6 +139,27 @@ def test_tasks_of_slurm_find_each_other(tmp_path, undisturbed):
     ]  # fmt: skip
     assert [process.wait() for process in running] == [0, 0]
     np.testing.assert_allclose(losses(tmp_path), undisturbed[:2], rtol=2e-5)
+
+
+def test_processes_of_open_mpi_find_each_other(tmp_path, undisturbed):
+    command = [Path(sys.executable).with_name("mpirun"), "--allow-run-as-root", "--oversubscribe"]
+    command += ["-n", "2", sys.executable, "-m", "tests.sharding.run", tmp_path, "2", "fsdp"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(1), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of 2" in done.stdout
+    np.testing.assert_allclose(losses(tmp_path), undisturbed[:2], rtol=2e-5)
+
+
+def test_a_job_of_open_mpi_names_its_coordinator():
+    rank = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+    found = launched_by_open_mpi(
+        Distributed(timeout=9), {"PMIX_NAMESPACE": "prterun-node-17-8193@1", **rank}
+    )
+    assert found == Distributed("node-17:61441", processes=4, process=3, timeout=9)
+    for variables in ({}, rank, {"PMIX_NAMESPACE": "prterun-a-1@1"}):
+        assert launched_by_open_mpi(Distributed(), variables) == Distributed()
 
 
 def test_nobody_answers(tmp_path):
