@@ -37,8 +37,14 @@ ARCHITECTURES = {
     "BertForPreTraining": "pretraining",
     "BertForMaskedLM": "masked_lm",
     "BertModel": "encoder",
+    "BertForSequenceClassification": "text_classifier",
+    "BertForTokenClassification": "token_classifier",
+    "BertForQuestionAnswering": "span",
     "RobertaForMaskedLM": "masked_lm",
     "RobertaModel": "encoder",
+    "RobertaForSequenceClassification": "text_classifier",
+    "RobertaForTokenClassification": "token_classifier",
+    "RobertaForQuestionAnswering": "span",
 }
 ACTIVATIONS = {"gelu": False, "gelu_new": True, "gelu_pytorch_tanh": True}
 """hidden_act -> BertConfig.tanh_gelu."""
@@ -78,6 +84,7 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> BertConfi
             positions=rows - first,
             first_position=first,
             kind=named[0] if named else "encoder",
+            labels=len(content.get("id2label", range(default.labels))),
             tanh_gelu=ACTIVATIONS[activation],
             **fields,
         )
@@ -105,6 +112,8 @@ def config_to_json(config: BertConfig) -> dict[str, Any]:
         "max_position_embeddings": config.first_position + config.positions,
         "attention_probs_dropout_prob": config.dropout,
         "hidden_act": activation,
+        "id2label": {str(i): f"LABEL_{i}" for i in range(config.labels)},
+        "label2id": {f"LABEL_{i}": i for i in range(config.labels)},
         "pad_token_id": 1 if family == "roberta" else 0,
         **FIXED,
         "torch_dtype": "float32",
@@ -140,18 +149,25 @@ def sources(config: BertConfig, prefix: str | None = None, old: bool = False) ->
         "layers/attention_norm": f"{layer}.attention.output.LayerNorm",
         "layers/feed_forward_norm": f"{layer}.output.LayerNorm",
     }
-    if config.kind != "masked_lm":
-        dense["pooler/dense"] = f"{prefix}pooler.dense"
+    # RoBERTa's classifier of texts has in itself what BERT has in the pooler.
+    own_pooler = family == "roberta" and config.kind == "text_classifier"
+    match config.kind:
+        case "pretraining" | "masked_lm":
+            head, dense_layer, norm = {
+                "bert": ("cls.predictions", "transform.dense", "transform.LayerNorm"),
+                "roberta": ("lm_head", "dense", "layer_norm"),
+            }[family]
+            dense["head/transform"] = f"{head}.{dense_layer}"
+            norms["head/norm"] = f"{head}.{norm}"
+            table["output_bias"] = Source(f"{head}.bias")
+        case "text_classifier" | "token_classifier":
+            dense["classifier/dense"] = "classifier.out_proj" if own_pooler else "classifier"
+        case "span":
+            dense["classifier/dense"] = "qa_outputs"
     if config.kind == "pretraining":
         dense["verdict/dense"] = "cls.seq_relationship"
-    if config.kind != "encoder" and family == "bert":
-        dense["head/transform"] = "cls.predictions.transform.dense"
-        norms["head/norm"] = "cls.predictions.transform.LayerNorm"
-        table["output_bias"] = Source("cls.predictions.bias")
-    elif config.kind != "encoder":
-        dense["head/transform"] = "lm_head.dense"
-        norms["head/norm"] = "lm_head.layer_norm"
-        table["output_bias"] = Source("lm_head.bias")
+    if config.kind in ("pretraining", "encoder", "text_classifier"):
+        dense["pooler/dense"] = "classifier.dense" if own_pooler else f"{prefix}pooler.dense"
     for ours, theirs in dense.items():
         table[ours] = Source(f"{theirs}.weight", transposed=True)
         table[f"{ours}_bias"] = Source(f"{theirs}.bias")

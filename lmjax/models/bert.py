@@ -59,9 +59,14 @@ class BertConfig:
     heads: int = 12
     feed_forward: int = 3_072
     """F, the hidden width of the feed-forward layers."""
-    kind: Literal["pretraining", "masked_lm", "encoder"] = "pretraining"
+    kind: Literal[
+        "pretraining", "masked_lm", "encoder", "text_classifier", "token_classifier", "span"
+    ] = "pretraining"
     """What is on top: guesses of words and a verdict on the next sentence (BERT's pretraining),
-    guesses of words alone (RoBERTa), or only a pooled first token, for other tasks."""
+    guesses of words alone (RoBERTa), only a pooled first token; or, to be fine-tuned, classes of
+    texts, of tokens, or the first and the last token of an answer."""
+    labels: int = 2
+    """Classes that a classifier tells apart."""
     tanh_gelu: bool = False
     """GELU by its tanh approximation."""
     dropout: float = 0.1
@@ -70,7 +75,7 @@ class BertConfig:
 
     def __post_init__(self):
         sizes = ("vocab", "positions", "token_types", "layers", "width", "heads", "feed_forward")
-        check_config(self, *sizes)
+        check_config(self, *sizes, "labels")
         check_heads(self)
         kinds = get_args(BertConfig.__annotations__["kind"])
         if self.kind not in kinds:
@@ -185,6 +190,20 @@ class Verdict(nn.Module):
         return verdict.astype(jnp.float32)
 
 
+class Classifier(nn.Module):
+    """Scores of classes, of whatever has a vector."""
+
+    config: BertConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B labels"]:
+        c = self.config
+        labels = 2 if c.kind == "span" else c.labels
+        x = dropout(self, x, c.dropout)
+        return affine(self, x, "dense", INIT, embed=c.width, classes=labels).astype(jnp.float32)
+
+
 class MaskedHead(nn.Module):
     """What lies between a hidden state and the output matrix."""
 
@@ -219,15 +238,17 @@ class Bert(nn.Module):
         self.token_types = weight(self, "token_types", INIT, types=c.token_types, embed=c.width)
         self.embedding_norm = LayerNorm(c.norm_epsilon, e)
         self.layers = stack(Layer, c.layers, e, inputs=1)(c, e)
-        if c.kind != "encoder":
+        if c.kind in ("pretraining", "masked_lm"):
             self.head = MaskedHead(c, e)
             self.output_bias = weight(
                 self, "output_bias", nn.initializers.zeros, "float32", vocab=c.vocab
             )
-        if c.kind != "masked_lm":
+        if c.kind in ("pretraining", "encoder", "text_classifier"):
             self.pooler = Pooler(c, e)
         if c.kind == "pretraining":
             self.verdict = Verdict(c, e)
+        if c.kind in ("text_classifier", "token_classifier", "span"):
+            self.classifier = Classifier(c, e)
 
     def __call__(
         self,
@@ -235,15 +256,23 @@ class Bert(nn.Module):
         token_types: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"] | Float[Array, "B T D"]:
-        """Logits of the word in each place, float32; of an encoder the hidden states."""
+    ) -> Float[Array, "B T V"] | Float[Array, "B T D"] | Float[Array, "B *T labels"]:
+        """Logits of the word in each place, float32; of an encoder the hidden states; of a
+        classifier of texts or tokens the logits of classes; of spans, of each token being the first
+        of the answer, and the last."""
         x = self.encode(inputs, token_types, positions, segment_ids)
-        if self.is_initializing() and self.config.kind != "masked_lm":
-            pooled = self.pooler(x)
-            if self.config.kind == "pretraining":
-                self.verdict(pooled)
-        if self.config.kind == "encoder":
-            return x
+        match self.config.kind:
+            case "encoder":
+                if self.is_initializing():
+                    self.pooler(x)
+                return x
+            case "text_classifier":
+                return self.classifier(self.pooler(x))
+            case "token_classifier" | "span":
+                return self.classifier(x)
+            case "pretraining":
+                if self.is_initializing():
+                    self.judge(x)
         return all_logits(self.head(x), self.embedding) + self.output_bias
 
     def encode(
