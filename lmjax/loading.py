@@ -18,12 +18,14 @@ from lmjax.interop import bert as bert_interop
 from lmjax.interop import gpt2 as gpt2_interop
 from lmjax.interop import mapping
 from lmjax.interop import t5 as t5_interop
+from lmjax.interop import xlnet as xlnet_interop
 from lmjax.interop.safetensors import CONFIG, Tensors, local_directory, read_json
 from lmjax.models.bart import Bart, BartConfig
 from lmjax.models.bert import Bert, BertConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
+from lmjax.models.xlnet import XLNet, XLNetConfig
 from lmjax.training import checkpoints
 
 TOKENIZER = "tokenizer.model"
@@ -74,6 +76,14 @@ _BART = System(
     bart_interop.import_params,
     FastTokenizer.find,
 )
+_XLNET = System(
+    XLNetConfig,
+    XLNet,
+    xlnet_interop.parameter_shapes,
+    xlnet_interop.config_from_json,
+    xlnet_interop.import_params,
+    FastTokenizer.find,
+)
 SYSTEMS = {
     "t5": _T5,
     "mt5": _T5,
@@ -81,6 +91,7 @@ SYSTEMS = {
     "bert": _BERT,
     "roberta": _BERT,
     "bart": _BART,
+    "xlnet": _XLNET,
 }
 """By the `model_type` of a config.json, Hugging Face's or a run's."""
 

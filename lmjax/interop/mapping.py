@@ -24,6 +24,8 @@ class Source(NamedTuple):
     """Kernels are, where the file is PyTorch's: it stores [out, in]."""
     part: tuple[int, int] | None = None
     """(i, n): the i-th of n equal parts of the tensor, along its last axis."""
+    shape: tuple[int, ...] | None = None
+    """Of the tensor, where the file keeps axes apart that we join."""
 
 
 Table = Mapping[str, Source]
@@ -59,7 +61,8 @@ def import_params(
         for key, index in _tensors(source, parameter):
             into = array[index]
             into = into.T if source.transposed else into
-            into[...] = _read(tensors, key, into.shape, source.part)
+            shape = source.shape or into.shape
+            into[...] = _read(tensors, key, shape, source.part).reshape(into.shape)
         return array
 
     return jax.tree_util.tree_map_with_path(read, shapes)
@@ -91,7 +94,8 @@ def export_tensors(table: Table, shapes: Any, params: Any) -> Iterator[tuple[str
         arrays = [np.asarray(leaves[n], np.float32) for n in names]
         for key, index in _tensors(source, arrays[0]):
             parts = [array[index].T if source.transposed else array[index] for array in arrays]
-            yield key, np.concatenate(parts, -1) if len(parts) > 1 else parts[0]
+            whole = np.concatenate(parts, -1) if len(parts) > 1 else parts[0]
+            yield key, whole.reshape(source.shape or whole.shape)
 
 
 def _tensors(source: Source, parameter: Any) -> Iterator[tuple[str, Any]]:

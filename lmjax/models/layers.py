@@ -5,6 +5,7 @@ Axes: B batch, T query length, S key length, D width, N heads, H head width, I/O
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -111,11 +112,14 @@ def unboxed(variables) -> tuple[dict, dict]:
     return nn.meta.unbox(variables), axes
 
 
-def stack(layer: type[nn.Module], length: int, execution: Execution, inputs: int) -> type:
+def stack(
+    layer: type[nn.Module], length: int, execution: Execution, inputs: int, own_inputs: int = 0
+) -> type:
     """`length` equal layers as one scanned, rematerialised module with stacked parameters.
 
-    The layer's `__call__` takes the carried activations and `inputs` arguments that every layer
-    shares, and returns `(activations, None)`.
+    The layer's `__call__` takes the carried activations, `own_inputs` arguments whose first axis is
+    the layers, of which it sees its own entry, and `inputs` arguments that every layer shares. It
+    returns `(activations, what to stack over the layers or None)`.
     """
     policy = REMAT_POLICIES[execution.remat]
     if policy is not None:
@@ -125,7 +129,7 @@ def stack(layer: type[nn.Module], length: int, execution: Execution, inputs: int
         length=length,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast,) * inputs,
+        in_axes=(0,) * own_inputs + (nn.broadcast,) * inputs,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
@@ -196,14 +200,37 @@ def attention(
 
     `rate` of the attention weights are dropped where a `key` is given.
     """
+
+    def whole(operands, key):
+        return whole_attention(*operands, rate=rate, key=key)
+
+    return attend(whole, (q, k, v, mask, bias), key, execution)
+
+
+def attend(attention: Callable, operands, key: Array | None, execution: Execution) -> Array:
+    """`attention(operands, key)` of a batch, all of it at once or blocked, as `execution` says.
+
+    Every array in `operands` has the batch in front, or 1 where its rows share one. `attention`
+    must do with an ellipsis in the batch's place: blocked, it gets one example without that axis.
+    """
     if execution.attention == "blocked":
-        context = _blocked_attention(q, k, v, mask, bias, rate, key)
+        context = _example_by_example(attention, operands, key)
     else:
-        context = _whole_attention(q, k, v, mask, bias, rate, key)
+        context = attention(operands, key)
     return checkpoint_name(context, "attention")
 
 
-def _whole_attention(q, k, v, mask, bias, rate, key):
+def whole_attention(
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B S N H"],
+    v: Float[Array, "*B S N H"],
+    mask: Bool[Array, "*#B #N #T S"],
+    bias: Float[Array, "*#B N T S"] | None = None,
+    *,
+    rate: float = 0.0,
+    key: Array | None = None,
+) -> Float[Array, "*B T N H"]:
+    """`attention` with all scores at once, of a batch or of one example."""
     scores = jnp.einsum("...TNH,...SNH->...NTS", q, k, preferred_element_type=jnp.float32)
     scores = scores if bias is None else scores + bias
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
@@ -212,23 +239,24 @@ def _whole_attention(q, k, v, mask, bias, rate, key):
     return jnp.einsum("...NTS,...SNH->...TNH", weights.astype(v.dtype), v)
 
 
-def _blocked_attention(q, k, v, mask, bias, rate, key):
+def _example_by_example(attention, operands, key):
     """One example at a time, forgotten and computed again backwards.
 
     On a CPU the scores of one example stay in cache, which is worth a factor of two to three over
     the whole batch at once.
     """
-    batch = q.shape[0]
-    mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
-    shared, own = (bias[0], None) if bias is not None and bias.shape[0] == 1 else (None, bias)
+    arrays, tree = jax.tree.flatten(operands)
+    batch = max(x.shape[0] for x in arrays)
+    shared = [x[0] if x.shape[0] < batch else None for x in arrays]
 
-    def example(operands):
-        index, q, k, v, mask, own = operands
-        bias = shared if own is None else own
+    def example(inputs):
+        index, own = inputs
+        each = [x if common is None else common for x, common in zip(own, shared, strict=True)]
         folded = None if key is None else jax.random.fold_in(key, index)
-        return _whole_attention(q, k, v, mask, bias, rate, folded)
+        return attention(jax.tree.unflatten(tree, each), folded)
 
-    return jax.lax.map(jax.checkpoint(example), (jnp.arange(batch), q, k, v, mask, own))
+    own = [x if common is None else None for x, common in zip(arrays, shared, strict=True)]
+    return jax.lax.map(jax.checkpoint(example), (jnp.arange(batch), own))
 
 
 def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:

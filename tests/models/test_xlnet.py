@@ -1,0 +1,91 @@
+"""What of XLNet has no counterpart in transformers; parity is in tests/interop/test_xlnet.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.models.layers import unboxed, unstacked
+from lmjax.models.xlnet import Layer, XLNet, XLNetConfig, no_memory, relative_shift, sinusoids
+
+SMALL = XLNetConfig(vocab=31, layers=3, width=16, heads=2, feed_forward=24, memory=5)
+
+
+def test_relative_shift():
+    """Three queries after two states of memory: column j of row i is the distance 2 + i - j."""
+    distances = jnp.tile(jnp.arange(5, -3, -1), (3, 1))
+    golden = [[2, 1, 0, -1, -2], [3, 2, 1, 0, -1], [4, 3, 2, 1, 0]]
+    assert relative_shift(distances, 5).tolist() == golden
+    places = jnp.array([2, 0, 1])
+    assert relative_shift(distances, 5, places).tolist() == [golden[i] for i in places]
+
+
+def test_sinusoids():
+    found = sinusoids(jnp.array([3, -2]), 4)
+    for row, distance in zip(found, (3, -2), strict=True):
+        angles = distance * np.array([1, 0.01])
+        np.testing.assert_allclose(row, [*np.sin(angles), *np.cos(angles)], atol=1e-6)
+
+
+def test_the_scanned_layers_are_those_layers_one_by_one():
+    model = XLNet(SMALL)
+    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 31)
+    order, places = jnp.tile(jnp.arange(7), (2, 1)), jnp.array([[1, 5], [0, 6]])
+    params, _ = unboxed(model.init(jax.random.key(0), tokens)["params"])
+    memory = jax.random.normal(jax.random.key(2), no_memory(SMALL, 2).shape)
+    expected, kept = model.apply(
+        {"params": params}, tokens, memory, order=order, places=places, method="features"
+    )
+
+    own = order[:, :2] * 0 + places  # the order of the places that guess
+    bound = model.bind({"params": params})
+    views = (
+        bound.view((order, None, None), (order, None, None), None, 5, 7, None),
+        bound.view((own, None, None), (order, None, None), places, 5, 7, None),
+    )
+    g = jnp.broadcast_to(params["mask_embedding"], (2, 2, 16))
+    streams = (params["embedding"][tokens], g)
+    encodings = sinusoids(jnp.arange(12, -7, -1), 16)[None]
+    for i, layer in enumerate(unstacked(params["layers"], 3)):
+        streams, state = Layer(SMALL, model.execution).apply(
+            {"params": layer}, streams, memory[i], encodings, views
+        )
+        np.testing.assert_allclose(state, kept[i], atol=1e-6)
+    np.testing.assert_allclose(streams[1], expected, atol=1e-5)
+
+
+def test_no_gradient_flows_into_the_text_before():
+    model = XLNet(SMALL)
+    tokens = jnp.arange(7)[None]
+    params, _ = unboxed(model.init(jax.random.key(0), tokens)["params"])
+
+    def kept(params):
+        return (model.apply({"params": params}, tokens, no_memory(SMALL, 1))[1] ** 2).sum()
+
+    assert kept(params) > 0
+    assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(kept)(params)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 15, "heads": 3}, "width is 15"),
+        ({"activation": "swish"}, "activation is 'swish'"),
+        ({"memory": -1}, "memory is -1"),
+        ({"reuse": 0}, "reuse 0"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_training_flops_count_the_products():
+    config = dataclasses.replace(SMALL, layers=1, memory=8)
+    d, f, keys, rows = 16, 24, 24, 20
+    kernels = rows * (2 * d**2 + 2 * d * f) + keys * 2 * d**2
+    scores = rows * d * (2 * keys + keys + 16)
+    per_row = kernels + scores + 4 * d * 31
+    assert config.training_flops(2, 16, 4) == 6 * (2 * per_row + (keys + 16) * d**2)
