@@ -39,6 +39,11 @@ FIXED = {
     "add_cross_attention": False,
 }
 """What a config.json may say only so, or leave out."""
+ARCHITECTURES = {
+    "GPT2LMHeadModel": "lm",
+    "GPT2ForSequenceClassification": "text_classifier",
+    "GPT2ForTokenClassification": "token_classifier",
+}
 UNUSED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 """Causal masks, which old files hold as if they were parameters."""
 
@@ -62,6 +67,9 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> GPT2Confi
                 f"{source}: {name} is {content[name]} and resid_pdrop {fields['dropout']}, but"
                 " GPT-2 here has one rate for all"
             )
+    named = [ARCHITECTURES[a] for a in content.get("architectures", ()) if a in ARCHITECTURES]
+    fields["kind"] = named[0] if named else "lm"
+    fields["labels"] = len(content.get("id2label", range(default.labels)))
     try:
         return GPT2Config(**fields)
     except (TypeError, ValueError) as error:
@@ -72,9 +80,10 @@ def config_to_json(config: GPT2Config, tokenizer: FastTokenizer | None = None) -
     fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     ends = {} if tokenizer is None else {"bos_token_id": tokenizer.eos_id}
     return {
-        "architectures": ["GPT2LMHeadModel"],
+        "architectures": [name for name, kind in ARCHITECTURES.items() if kind == config.kind],
         "model_type": "gpt2",
         **fields,
+        **mapping.label_names(config.labels),
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
         **FIXED,
@@ -84,8 +93,8 @@ def config_to_json(config: GPT2Config, tokenizer: FastTokenizer | None = None) -
     }
 
 
-def sources(prefix: str = "transformer.") -> Table:
-    """The key of every parameter; no kernel is transposed, for GPT-2's files have them as we do."""
+def sources(config: GPT2Config, prefix: str = "transformer.") -> Table:
+    """The key of every parameter; no layer's kernel is transposed, GPT-2's files have them so."""
     table = {
         "embedding": Source(f"{prefix}wte.weight"),
         "positions": Source(f"{prefix}wpe.weight"),
@@ -107,6 +116,11 @@ def sources(prefix: str = "transformer.") -> Table:
         key = f"{prefix}h.{{}}.{theirs}"
         table[f"layers/{ours}"] = Source(f"{key}.weight", part=part)
         table[f"layers/{ours}_bias"] = Source(f"{key}.bias", part=part)
+    if config.kind == "text_classifier":
+        table["classifier/dense"] = Source("score.weight", transposed=True)
+    if config.kind == "token_classifier":
+        table["classifier/dense"] = Source("classifier.weight", transposed=True)
+        table["classifier/dense_bias"] = Source("classifier.bias")
     return table
 
 
@@ -125,7 +139,7 @@ def import_params(config: GPT2Config, tensors: Tensors):
     keys = tensors.keys()
     prefix = "" if "wte.weight" in keys else "transformer."  # the first released files have none
     ignored = {"lm_head.weight", *filter(UNUSED.fullmatch, keys)}
-    table = sources(prefix)
+    table = sources(config, prefix)
     params = mapping.import_params(
         table, parameter_shapes(config), tensors, ignored=ignored, system="GPT-2"
     )
@@ -140,7 +154,7 @@ def export_tensors(config: GPT2Config, params) -> Iterator[tuple[str, np.ndarray
     Raises:
       ValueError: `params` are not those of `config`.
     """
-    return mapping.export_tensors(sources(), parameter_shapes(config), params)
+    return mapping.export_tensors(sources(config), parameter_shapes(config), params)
 
 
 def save_pretrained(

@@ -98,6 +98,15 @@ def export_tensors(table: Table, shapes: Any, params: Any) -> Iterator[tuple[str
             yield key, whole.reshape(source.shape or whole.shape)
 
 
+def label_names(count: int) -> dict[str, Any]:
+    """What a config.json says of the classes that a classifier tells apart."""
+    names = [f"LABEL_{i}" for i in range(count)]
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
 def _tensors(source: Source, parameter: Any) -> Iterator[tuple[str, Any]]:
     """(key, index into the parameter) of each tensor of a file that makes up a parameter."""
     if "{}" not in source.key:

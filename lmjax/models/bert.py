@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.models.layers import (
+    Classifier,
     Execution,
     LayerNorm,
     affine,
@@ -178,32 +179,6 @@ class Pooler(nn.Module):
         return jnp.tanh(affine(self, x[:, 0], "dense", INIT, embed=width, mlp=width))
 
 
-class Verdict(nn.Module):
-    """Whether sentence B follows A."""
-
-    config: BertConfig
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, pooled: Float[Array, "B D"]) -> Float[Array, "B 2"]:
-        verdict = affine(self, pooled, "dense", INIT, embed=self.config.width, classes=2)
-        return verdict.astype(jnp.float32)
-
-
-class Classifier(nn.Module):
-    """Scores of classes, of whatever has a vector."""
-
-    config: BertConfig
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B labels"]:
-        c = self.config
-        labels = 2 if c.kind == "span" else c.labels
-        x = dropout(self, x, c.dropout)
-        return affine(self, x, "dense", INIT, embed=c.width, classes=labels).astype(jnp.float32)
-
-
 class MaskedHead(nn.Module):
     """What lies between a hidden state and the output matrix."""
 
@@ -246,9 +221,10 @@ class Bert(nn.Module):
         if c.kind in ("pretraining", "encoder", "text_classifier"):
             self.pooler = Pooler(c, e)
         if c.kind == "pretraining":
-            self.verdict = Verdict(c, e)
+            self.verdict = Classifier(2, INIT, e)
         if c.kind in ("text_classifier", "token_classifier", "span"):
-            self.classifier = Classifier(c, e)
+            labels = 2 if c.kind == "span" else c.labels
+            self.classifier = Classifier(labels, INIT, e, c.dropout)
 
     def __call__(
         self,

@@ -13,13 +13,14 @@ Departures: queries, keys and values have a kernel each (published files join th
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.models.layers import (
+    Classifier,
     Execution,
     KeyValue,
     LayerNorm,
@@ -60,10 +61,19 @@ class GPT2Config:
     dropout: float = 0.1
     """After the embedding, on attention weights, and after sublayers."""
     norm_epsilon: float = 1e-5
+    kind: Literal["lm", "text_classifier", "token_classifier"] = "lm"
+    """What is on top: guesses of the next token or, to be fine-tuned, classes of texts (by their
+    last token) or of tokens."""
+    labels: int = 2
+    """Classes that a classifier tells apart."""
 
     def __post_init__(self):
-        check_config(self, "vocab", "positions", "layers", "width", "heads", "feed_forward")
+        sizes = ("vocab", "positions", "layers", "width", "heads", "feed_forward", "labels")
+        check_config(self, *sizes)
         check_heads(self)
+        kinds = get_args(GPT2Config.__annotations__["kind"])
+        if self.kind not in kinds:
+            raise ValueError(f"GPT2Config.kind is {self.kind!r}, not one of {list(kinds)}")
 
     @property
     def head_width(self) -> int:
@@ -178,15 +188,27 @@ class GPT2(nn.Module):
         self.positions = weight(self, "positions", INIT, positions=c.positions, embed=c.width)
         self.layers = stack(Layer, c.layers, e, inputs=1)(c, e)
         self.final_norm = LayerNorm(c.norm_epsilon, e)
+        if c.kind == "text_classifier":
+            self.classifier = Classifier(c.labels, INIT, e, bias=False)
+        if c.kind == "token_classifier":
+            self.classifier = Classifier(c.labels, INIT, e, c.dropout)
 
     def __call__(
         self,
         inputs: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits of the token after each of `inputs`, float32."""
-        return all_logits(self.features(inputs, positions, segment_ids), self.embedding)
+    ) -> Float[Array, "B T V"] | Float[Array, "B *T labels"]:
+        """Logits of the token after each of `inputs`, or of the classes of each text or token,
+        float32. A text's last token is the last one in a row that is not padding."""
+        x = self.features(inputs, positions, segment_ids)
+        if self.config.kind == "lm":
+            return all_logits(x, self.embedding)
+        if self.config.kind == "token_classifier":
+            return self.classifier(x)
+        real = jnp.ones_like(inputs) if segment_ids is None else segment_ids
+        last = jnp.where(real > 0, jnp.arange(inputs.shape[1]), 0).max(1)
+        return self.classifier(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
 
     def features(
         self,

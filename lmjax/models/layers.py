@@ -259,6 +259,27 @@ def _example_by_example(attention, operands, key):
     return jax.lax.map(jax.checkpoint(example), (jnp.arange(batch), own))
 
 
+class Classifier(nn.Module):
+    """Scores of classes, of whatever has a vector."""
+
+    labels: int
+    kernel_init: nn.initializers.Initializer
+    execution: Execution
+    rate: float = 0.0
+    """Of dropout on what it reads."""
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B labels"]:
+        x = dropout(self, x, self.rate)
+        axes = {"embed": x.shape[-1], "classes": self.labels}
+        if self.bias:
+            scores = affine(self, x, "dense", self.kernel_init, **axes)
+        else:
+            scores = dense(x, weight(self, "dense", self.kernel_init, **axes))
+        return scores.astype(jnp.float32)
+
+
 def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
     """Tokens see their own segment: text n > 0 of a packed row, or padding (0) among itself."""
     return (queries[:, :, None] == keys[:, None, :])[:, None]
