@@ -82,7 +82,7 @@ _XLNET = System(
     xlnet_interop.parameter_shapes,
     xlnet_interop.config_from_json,
     xlnet_interop.import_params,
-    FastTokenizer.find,
+    xlnet_interop.load_tokenizer,
 )
 SYSTEMS = {
     "t5": _T5,

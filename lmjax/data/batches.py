@@ -2,8 +2,9 @@
 
 Nothing else enters: not the number of hosts, of worker processes or of restarts. Row r of step n is
 row number n * batch_size + r of an endless sequence in which each epoch is a permutation of all
-rows, computed index by index, so that starting at step 1,000,000 costs what starting at 0 does. The
-noise of an example is drawn from (seed, epoch, example).
+rows, computed index by index, so that starting at step 1,000,000 costs what starting at 0 does; or
+all rows in their order, where each goes on where the one `batch_size` before it ended. The noise of
+an example is drawn from (seed, epoch, example).
 """
 
 import collections
@@ -41,7 +42,7 @@ class Batches(Protocol):
 
 
 class Rows(Protocol):
-    """Which stretches of a corpus share a row, at random access; picklable."""
+    """Which stretches of a corpus share a row, at random access; picklable. A row may be empty."""
 
     def __len__(self) -> int: ...
 
@@ -83,16 +84,17 @@ class Windows:
 
 @dataclasses.dataclass(frozen=True)
 class IndexedBatches:
-    """Shuffled, noised, endless batches over `rows`; see the module docstring.
+    """Noised, endless batches over `rows`, usually shuffled; see the module docstring.
 
     Attributes:
-        rows: `Windows`, `PackedDocuments` or `SentencePairs`.
+        rows: `Windows`, `PackedDocuments`, `SentencePairs` or `Lanes`.
         objective: (tokens, rng) -> 1-D `inputs` and `targets`; picklable, such as
             `functools.partial(span_corruption, sentinels=...)`.
         lengths: the fixed lengths of `inputs` and `targets` in a batch.
         batch_size: rows of the global batch.
         seed: of order and noise, from 0 to 2**63 - 1.
         static: an example's noise is the same in every epoch.
+        ordered: the rows come in their order.
         workers: processes that prepare batches ahead (the calling script then needs the
             `if __name__ == "__main__"` guard); 0 is one thread of this process, which is enough
             until examples take longer to make than steps.
@@ -109,6 +111,7 @@ class IndexedBatches:
     batch_size: int
     seed: int
     static: bool = False
+    ordered: bool = False
     workers: int = 0
     process_index: int = 0
     process_count: int = 1
@@ -125,7 +128,9 @@ class IndexedBatches:
         examples = []
         for row in mine:
             epoch, place = divmod(step * self.batch_size + row, len(self.rows))
-            index = shuffled(place, len(self.rows), self.seed, epoch)
+            index = place
+            if not self.ordered:
+                index = shuffled(place, len(self.rows), self.seed, epoch)
             stream = 0 if self.static else epoch
             examples.append(_noised(self.rows, index, self.objective, self.seed, stream))
         return assemble(examples, self.lengths)
@@ -212,11 +217,13 @@ def assemble(
     Args:
         rows: per row its examples, which become segments 1, 2, ... with positions from 0 each, or
             with those that an example has as `targets_positions`.
-        lengths: S of `inputs` and T of `targets`.
+        lengths: S of `inputs` and T of `targets`; of what belongs to each input, such as
+            `inputs_order`, S again.
 
     Returns:
         `inputs`, `inputs_positions`, `inputs_segment_ids` [B, S], the same for `targets` [B, T],
         all int32 with 0 for padding, and float32 `loss_weights` [B, T], 1 where there is a target.
+        Arrays that belong to each input have neither positions nor segments of their own.
 
     Raises:
         ValueError: the examples of a row do not fit into `lengths`.
@@ -239,8 +246,9 @@ def assemble(
                 positions[row, start:end] = counted[: end - start] if own is None else own
                 segments[row, start:end] = segment
         batch[name] = ids
-        batch[f"{name}_positions"] = positions
-        batch[f"{name}_segment_ids"] = segments
+        if not any(name.startswith(f"{other}_") for other in lengths):
+            batch[f"{name}_positions"] = positions
+            batch[f"{name}_segment_ids"] = segments
     batch["loss_weights"] = (batch["targets_segment_ids"] > 0).astype(np.float32)
     return batch
 

@@ -28,7 +28,9 @@ SPECIAL = {
 ROLES = {
     "pad": ("<pad>", "[PAD]"),
     "bos": ("<s>", "[CLS]", "<|endoftext|>"),
-    "eos": ("</s>", "[SEP]", "<|endoftext|>"),
+    "eos": ("<eod>", "</s>", "[SEP]", "<|endoftext|>"),
+    "cls": ("<cls>", "<s>", "[CLS]", "<|endoftext|>"),
+    "sep": ("<sep>", "</s>", "[SEP]", "<|endoftext|>"),
     "unk": ("<unk>", "[UNK]"),
     "mask": ("<mask>", "[MASK]"),
 }
@@ -43,6 +45,7 @@ class FastTokenizer:
       vocab_size: ids in use.
       pad_id, bos_id, eos_id, unk_id, mask_id: None where the tokenizer has no such token; BERT's
         [CLS] counts as bos and [SEP] as eos.
+      cls_id, sep_id: what stands for a text and what parts it; bos and eos, but for XLNet's.
       special_ids: those of the special tokens, int32.
       sentinels: none.
       sha256: names the model.
@@ -67,6 +70,7 @@ class FastTokenizer:
         ids = {role: self._first(names) for role, names in ROLES.items()}
         self.pad_id, self.bos_id, self.unk_id = ids["pad"], ids["bos"], ids["unk"]
         self.eos_id, self.mask_id = ids["eos"], ids["mask"]
+        self.cls_id, self.sep_id = ids["cls"], ids["sep"]
         if self.eos_id is None:
             raise ValueError(f"{name} has no token that ends a text, none of {ROLES['eos']}")
         added = self._tokenizer.get_added_tokens_decoder()
@@ -167,7 +171,7 @@ class FastTokenizer:
         if any(token.startswith("##") for token in tokens):
             return np.array([not token.startswith("##") for token in tokens])
         special = set(self.special_ids.tolist())
-        return np.array([t[:1] in "ĠĊĉ" or i in special for i, t in enumerate(tokens)])
+        return np.array([t[:1] in "ĠĊĉ\u2581" or i in special for i, t in enumerate(tokens)])
 
     def _first(self, names: Sequence[str]) -> int | None:
         ids = (self._tokenizer.token_to_id(name) for name in names)

@@ -86,7 +86,7 @@ class SentencePairs:
 
     def __init__(self, store: TokenizedDocuments, end: int, settings: MaskedPairs, seed: int):
         self.store, self.end = store, end
-        self.ends = _places(store.tokens, end)
+        self.ends = places_of(store.tokens, end)
         self.starts = np.concatenate([[0], self.ends[:-1] + 1])
         self.documents = np.searchsorted(self.ends, store.offsets)
         if len(self.ends) == 0:
@@ -185,7 +185,7 @@ def _elsewhere(
     return start, stop
 
 
-def _places(tokens: np.ndarray, id: int, chunk: int = 1 << 26) -> np.ndarray:
+def places_of(tokens: np.ndarray, id: int, chunk: int = 1 << 26) -> np.ndarray:
     """Where `id` stands, read piece by piece."""
     found = [
         start + np.flatnonzero(tokens[start : start + chunk] == id)

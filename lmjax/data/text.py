@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmjax.data.batches import Batches, IndexedBatches, Rows, Windows, evaluation_batches
+from lmjax.data.lanes import Lanes
 from lmjax.data.packing import PackedDocuments
 from lmjax.data.sentence_pairs import SentencePairs, Sentences
 from lmjax.data.sources import Source, TextData, open_source
@@ -32,8 +33,9 @@ class TokenizedText(TextData):
     vocab.txt, or a directory with vocab.json and merges.txt. Without one, a vocabulary is trained
     on the text, once."""
     subwords: Subwords = "unigram"
-    """What to train: unigram (SentencePiece, with T5's sentinels), byte_bpe (as GPT-2, RoBERTa and
-    BART have) or wordpiece (as BERT has)."""
+    """What to train: unigram (SentencePiece, with T5's sentinels), xlnet_unigram (the same, with
+    XLNet's special tokens in their place), byte_bpe (as GPT-2, RoBERTa and BART have) or wordpiece
+    (as BERT has)."""
     vocab_size: int = 32_000
     """Pieces of a vocabulary to train, fewer if the text is too short for so many; to those of
     unigram 100 sentinels are added."""
@@ -100,10 +102,10 @@ def read_text(
     """
     if data.stream and workers:
         raise ValueError("data.stream reads in one thread: drop --workers")
-    if objective.corpus == "sentences" and (data.stream or data.pack):
+    if objective.corpus in ("pairs", "lanes") and (data.stream or data.pack):
         raise ValueError(
             "data.stream and data.pack are not for pairs of sentences, which are chosen from the"
-            " whole text: drop them"
+            " whole text, nor for lanes, which it is divided into: drop them"
         )
     source = open_source(data)
     tokenizer = choose_tokenizer(data, source, tokenizer)
@@ -136,14 +138,20 @@ def read_text(
     else:
         train = open_store(source, "train", corpus)
         validation = open_store(source, "validation", corpus)
-        train_rows = rows_of(train, data, objective, tokenizer, seed)
-        static = objective.corpus == "sentences"
-        batches = IndexedBatches(train_rows, seed=seed, workers=workers, static=static, **common)
+        train_rows = rows_of(train, data, objective, tokenizer, batch, seed)
+        batches = IndexedBatches(
+            train_rows,
+            seed=seed,
+            workers=workers,
+            static=objective.corpus == "pairs",
+            ordered=objective.corpus == "lanes",
+            **common,
+        )
         size = (
             f"{len(train):,} documents, {len(train.tokens):,} tokens, {len(train_rows):,} rows an"
             " epoch"
         )
-    held_out = held_out_rows_of(validation, data, objective, tokenizer)
+    held_out = held_out_rows_of(validation, data, objective, tokenizer, batch)
     identity = {
         "text": source.fingerprint("train"),
         "tokenizer": tokenizer.sha256,
@@ -195,7 +203,7 @@ def corpus_of(tokenizer: Tokenizer, objective: Objective) -> Tokenizer | Ended |
             return tokenizer
         case "ended":
             return Ended(tokenizer)
-        case "sentences":
+        case "pairs" | "lanes":
             return Sentences(tokenizer, objective.lines)
 
 
@@ -216,25 +224,33 @@ def rows_of(
     data: TokenizedText,
     objective: Objective,
     tokenizer: Tokenizer,
+    batch: int,
     seed: int,
 ) -> Rows:
     """The rows to train on."""
-    if objective.corpus == "sentences":
+    if objective.corpus == "pairs":
         return SentencePairs(store, tokenizer.eos_id, objective, seed)
+    if objective.corpus == "lanes":
+        return Lanes(store, tokenizer.eos_id, objective, batch)
     if data.pack:
         return PackedDocuments(store, objective.window, objective.sizes, objective.lengths)
     return Windows(store, objective.window)
 
 
 def held_out_rows_of(
-    documents: TokenizedDocuments, data: TokenizedText, objective: Objective, tokenizer: Tokenizer
+    documents: TokenizedDocuments,
+    data: TokenizedText,
+    objective: Objective,
+    tokenizer: Tokenizer,
+    batch: int,
 ) -> Rows:
     """The rows to evaluate on; of text shorter than one example, a single shorter one."""
-    if objective.corpus == "sentences":
+    if objective.corpus == "lanes":
+        return Lanes(documents, tokenizer.eos_id, objective, batch, "validation")
+    if objective.corpus == "pairs":
         objective = dataclasses.replace(objective, copies=1)
-        return rows_of(documents, data, objective, tokenizer, seed=0)
-    if data.pack:
-        return rows_of(documents, data, objective, tokenizer, seed=0)
+    if data.pack or objective.corpus == "pairs":
+        return rows_of(documents, data, objective, tokenizer, batch, seed=0)
     # A single token has nothing to predict it from.
     window = max(min(objective.window, len(documents.tokens)), 2)
     return Windows(documents, window, "validation")

@@ -1,8 +1,9 @@
-"""SentencePiece tokenizers with T5's sentinels: load one, or train one on a source.
+"""SentencePiece tokenizers of T5's kind and of XLNet's: load one, or train one on a source.
 
 T5's spiece.model has 32,000 pieces and knows nothing of sentinels: 100 of them are appended, in
 descending order, so that <extra_id_0> is 32,099 and <extra_id_99> 32,000. mT5's model has its own
-pieces for them, which are used where they are.
+pieces for them, which are used where they are. XLNet's has <cls>, <sep>, <pad>, <mask> and <eod>,
+which ends a document, and no sentinels.
 
 Only text given to `encode` may name sentinels. `encode_batch`, for corpora, takes text as it is.
 Departures from transformers' T5Tokenizer: no EOS is added, "</s>" and "<pad>" in a text are text,
@@ -17,9 +18,10 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
@@ -32,6 +34,8 @@ from lmjax.data.sources import Source, document_hash
 LEAST_COVERAGE = 0.98
 """SentencePiece trains with no smaller character_coverage."""
 
+PIECES, SETTINGS = "spiece.model", "tokenizer_config.json"
+"""In a Hugging Face directory."""
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 # Serialized protocol buffers merge when concatenated. These bytes set ModelProto.normalizer_spec
 # (field 3) .add_dummy_prefix (field 3) to false: text then continues a word unless it says not to.
@@ -44,9 +48,10 @@ class SentencePieceTokenizer:
     Attributes:
       model: the bytes of the .model file.
       vocab_size: ids in use, sentinels included (32,100 for T5; a model may have more rows).
-      pad_id, eos_id, unk_id: 0, 1 and 2 in T5's layout.
-      bos_id, mask_id: None; T5 has neither.
-      sentinels: int32; `sentinels[k]` is the id of <extra_id_k>.
+      pad_id, eos_id, unk_id: 0, 1 and 2 in T5's layout; 5, 7 and 0 in XLNet's.
+      cls_id, sep_id, mask_id: XLNet's 3, 4 and 6; None in T5's.
+      bos_id: None.
+      sentinels: int32; `sentinels[k]` is the id of <extra_id_k>. XLNet's has none.
       sha256: names the model and its sentinels.
     """
 
@@ -60,10 +65,12 @@ class SentencePieceTokenizer:
         self.extra_ids = extra_ids
         self._pieces = _processor(model, name)
         self._continuing = _processor(model + _NO_DUMMY_PREFIX, name)
-        self.pad_id = self._pieces.pad_id()
-        self.eos_id = self._pieces.eos_id()
+        self.cls_id, self.sep_id, self.mask_id = map(self._id, ("<cls>", "<sep>", "<mask>"))
+        pad, end = self._id("<pad>"), self._id("<eod>")
+        self.pad_id = self._pieces.pad_id() if pad is None else pad
+        self.eos_id = self._pieces.eos_id() if end is None else end
         self.unk_id = self._pieces.unk_id()
-        self.bos_id = self.mask_id = None
+        self.bos_id = None
         for token in ("pad", "eos"):
             if getattr(self, f"{token}_id") < 0:
                 raise ValueError(
@@ -72,6 +79,8 @@ class SentencePieceTokenizer:
                 )
 
         size = self._pieces.get_piece_size()
+        if self.cls_id is not None:
+            extra_ids = 0
         own = list(iter(map(self._own, itertools.count()).__next__, None))
         appended = range(size + extra_ids - 1, size - 1, -1)
         self.vocab_size = size if own else size + extra_ids
@@ -93,6 +102,34 @@ class SentencePieceTokenizer:
                 f"cannot read the SentencePiece model {path}: {error.strerror}"
             ) from error
         return cls(model, extra_ids, str(path))
+
+    @classmethod
+    def find(cls, directory: Path) -> "SentencePieceTokenizer | None":
+        """The tokenizer in a directory of Hugging Face's, if it has such a one.
+
+        Raises:
+          ValueError: the model is damaged.
+        """
+        if not (directory / PIECES).is_file():
+            return None
+        settings = directory / SETTINGS
+        settings = json.loads(settings.read_text()) if settings.is_file() else {}
+        return cls.load(directory / PIECES, settings.get("extra_ids", 100))
+
+    def files(self) -> dict[str, bytes]:
+        """What a Hugging Face directory holds of it."""
+        size, special = self._pieces.get_piece_size(), {}
+        for name in ("pad", "eos", "unk", "cls", "sep", "mask"):
+            id = getattr(self, f"{name}_id")
+            if id is not None:
+                special[f"{name}_token"] = self._pieces.id_to_piece(id)
+        if self.cls_id is None:
+            # Those that the model has no pieces for (mT5's has all of its own).
+            kind = {"tokenizer_class": "T5Tokenizer", "extra_ids": self.vocab_size - size}
+        else:
+            kind = {"tokenizer_class": "XLNetTokenizer"}
+        settings = json.dumps({**kind, **special}, indent=2) + "\n"
+        return {PIECES: self.model, SETTINGS: settings.encode()}
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the .model file, which, as T5's, does not say how many sentinels were appended."""
@@ -140,6 +177,15 @@ class SentencePieceTokenizer:
         flush()
         return "".join(parts)
 
+    def starts_word(self) -> np.ndarray:
+        """bool [vocab_size]: whether a piece begins a word; special ones do."""
+        size = self._pieces.get_piece_size()
+        starts = [
+            self._pieces.id_to_piece(id).startswith("\u2581") or self._pieces.is_control(id)
+            for id in range(size)
+        ]
+        return np.array(starts + [True] * (self.vocab_size - size))
+
     def _encode_part(self, text: str, start: int, end: int) -> list[int]:
         part = text[start:end]
         new_word = start == 0 or part[:1].isspace()
@@ -147,22 +193,36 @@ class SentencePieceTokenizer:
 
     def _own(self, k: int) -> int | None:
         """The id of <extra_id_k> if the model has a piece for it."""
-        for piece in (f"<extra_id_{k}>", f"\u2581<extra_id_{k}>"):
-            id = self._pieces.piece_to_id(piece)
-            if self._pieces.id_to_piece(id) == piece:  # an unknown piece has the unknown's id
-                return id
-        return None
+        ids = map(self._id, (f"<extra_id_{k}>", f"\u2581<extra_id_{k}>"))
+        return next((id for id in ids if id is not None), None)
+
+    def _id(self, piece: str) -> int | None:
+        id = self._pieces.piece_to_id(piece)
+        # A piece that is not there has the unknown's id.
+        return id if self._pieces.id_to_piece(id) == piece else None
+
+
+T5_LAYOUT = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+XLNET_LAYOUT = dict(
+    unk_id=0,
+    bos_id=1,
+    eos_id=2,
+    pad_id=-1,  # <pad> is one of the others
+    control_symbols=["<cls>", "<sep>", "<pad>", "<mask>", "<eod>"],
+    user_defined_symbols=["<eop>"],
+)
 
 
 def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     *,
+    layout: Mapping[str, Any] = MappingProxyType(T5_LAYOUT),
     character_coverage: float | None = None,
     max_characters: int = 8_000_000,
     extra_ids: int = 100,
 ) -> SentencePieceTokenizer:
-    """Trains a unigram model in T5's layout: pad 0, EOS 1, unknown 2, no BOS, NFKC.
+    """Trains a unigram model, by default in T5's layout: pad 0, EOS 1, unknown 2, no BOS; NFKC.
 
     The same texts give the same model. They are sampled by their hash, evenly, from as many as
     make up 100 times `max_characters`.
@@ -171,6 +231,7 @@ def train_tokenizer(
       texts: documents.
       vocab_size: pieces, without the `extra_ids` sentinels that are appended; fewer where the
         text is too short for so many.
+      layout: the trainer's settings for special tokens, T5_LAYOUT or XLNET_LAYOUT.
       character_coverage: the share of the text whose characters get a piece, 0.98 to 1. None: all
         of it, unless the text has so many different characters that the rare ones would fill the
         vocabulary, as in Korean, Chinese and Japanese (see `default_coverage`).
@@ -205,10 +266,7 @@ def train_tokenizer(
             hard_vocab_limit=False,  # a short text gives a smaller vocabulary, not an error
             character_coverage=character_coverage,
             normalization_rule_name="nmt_nfkc",
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
+            **layout,
             num_threads=16,  # sums over threads are rounded: not the machine's own number
             minloglevel=2,
         )
@@ -233,7 +291,7 @@ def default_coverage(texts: Sequence[str], vocab_size: int) -> float:
 
 
 Tokenizer = SentencePieceTokenizer | FastTokenizer
-Subwords = Literal["unigram", "byte_bpe", "wordpiece"]
+Subwords = Literal["unigram", "xlnet_unigram", "byte_bpe", "wordpiece"]
 
 
 def load_tokenizer(path: str | os.PathLike, extra_ids: int = 100) -> Tokenizer:
@@ -275,8 +333,8 @@ def cached_tokenizer(
     Of several processes that ask at once, one trains and the others wait for it.
 
     Args:
-      subwords: unigram, by SentencePiece (see `train_tokenizer`, whose settings are those below),
-        or one of `fast_tokenizers`.
+      subwords: unigram or xlnet_unigram, by SentencePiece (see `train_tokenizer`, whose settings
+        are those below), or one of `fast_tokenizers`.
     """
     settings = [f"{subwords} 2", source.fingerprint(split), vocab_size, character_coverage]
     key = json.dumps([*settings, max_characters])
@@ -286,10 +344,11 @@ def cached_tokenizer(
         if not path.exists():
             message = f"training a tokenizer of {vocab_size:,} pieces on {source.name}"
             with Console(stderr=True).status(message):
-                if subwords == "unigram":
+                if subwords in ("unigram", "xlnet_unigram"):
                     train_tokenizer(
                         source.documents(split),
                         vocab_size,
+                        layout=T5_LAYOUT if subwords == "unigram" else XLNET_LAYOUT,
                         character_coverage=character_coverage,
                         max_characters=max_characters,
                     ).save(path)

@@ -13,7 +13,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from lmjax.decoding.beam_search import Beam, Hypotheses, beam_search, repeated
 from lmjax.decoding.sampling import GREEDY, Sampling, log_probability, sample
-from lmjax.models import bart, gpt2, t5
+from lmjax.models import bart, gpt2, t5, xlnet
+
+DECODERS = (gpt2.GPT2, xlnet.XLNet)
+"""Models that continue a text; the others answer one."""
 
 
 class Generated(NamedTuple):
@@ -26,7 +29,7 @@ class Generated(NamedTuple):
 
 
 def generate(
-    model: t5.T5 | bart.Bart | gpt2.GPT2,
+    model: t5.T5 | bart.Bart | gpt2.GPT2 | xlnet.XLNet,
     params,
     inputs: Int[Array, "B S"],
     *,
@@ -40,8 +43,8 @@ def generate(
     """What the model writes: Hypotheses of a Beam, else Generated.
 
     `inputs` are texts to answer, padded with 0 (T5) or `config.padding` (BART), or to continue
-    (GPT-2), of `lengths` tokens each, by default all of S; what stands behind a shorter one is not
-    read.
+    (GPT-2, XLNet), of `lengths` tokens each, by default all of S; what stands behind a shorter one
+    is not read.
 
     Compiled once for each shape, model and setting; other parameters reuse the program. `eos` ends
     a text (None: nothing does) and counts as one of `max_length`. Ids from `vocab_size` on, which
@@ -57,7 +60,7 @@ def generate(
         raise ValueError(f"vocab_size is {vocab}; the model has {model.config.vocab} ids")
     if eos is not None and not 0 <= eos < vocab:
         raise ValueError(f"eos is {eos}, not one of the {vocab} ids; None lets no token end a text")
-    if lengths is not None and not isinstance(model, gpt2.GPT2):
+    if lengths is not None and not isinstance(model, DECODERS):
         raise ValueError(
             "an encoder knows the lengths of its inputs by their padding: drop lengths"
         )
@@ -81,17 +84,22 @@ def _read(model, params, inputs, lengths, max_length, beams):
     """`extend` of the model, its state with room for `max_length` tokens, and the one to begin with
     [B, 1]."""
     batch, length = inputs.shape
-    if not isinstance(model, gpt2.GPT2):
+    if not isinstance(model, DECODERS):
         system, start = (t5, 0) if isinstance(model, t5.T5) else (bart, model.config.start)
         state = system.start_decoding(model, params, inputs, max_length, beams=beams)
         return system.extender(model, params), state, jnp.full((batch, 1), start, jnp.int32)
     lengths = jnp.full(batch, length) if lengths is None else lengths
-    extend = gpt2.extender(model, params)
-    state = gpt2.start_decoding(model, batch, length - 1 + max_length)
+    room = length - 1 + max_length
+    if isinstance(model, gpt2.GPT2):
+        extend, state = gpt2.extender(model, params), gpt2.start_decoding(model, batch, room)
+    else:
+        extend = xlnet.extender(model, params)
+        state = xlnet.start_decoding(model, params, batch, room)
     if length > 1:
         _, state = extend(inputs[:, :-1], state)
     # The places behind a shorter text are written over.
-    state = repeated(state._replace(length=lengths - 1), beams)
+    layers, read = repeated((state.layers, lengths - 1), beams)
+    state = state._replace(layers=layers, length=read)
     return extend, state, jnp.take_along_axis(inputs, lengths[:, None] - 1, 1)
 
 

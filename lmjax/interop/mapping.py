@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lmjax.data.fast_tokenizers import FastTokenizer
+from lmjax.data.tokenizers import Tokenizer
 from lmjax.interop.safetensors import CONFIG, Tensors, write_pretrained
 
 
@@ -138,7 +138,7 @@ def save(
     config: Any,
     content: dict[str, Any],
     tensors: Iterable[tuple[str, np.ndarray]],
-    tokenizer: FastTokenizer | None,
+    tokenizer: Tokenizer | None,
     shard_bytes: int,
 ) -> None:
     """Writes a directory that `transformers` and `lmjax.load` read, whole or not at all.

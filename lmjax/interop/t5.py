@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import sentencepiece
 
 from lmjax.data.tokenizers import SentencePieceTokenizer
 from lmjax.interop import mapping
@@ -56,9 +55,6 @@ EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tok
 """One matrix; files hold it under one or more of these names."""
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 """Old files have this table, which no version of the model reads."""
-
-PIECES = "spiece.model"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 # --- configuration
@@ -219,12 +215,7 @@ def load_tokenizer(path_or_repo: str | os.PathLike) -> SentencePieceTokenizer | 
       FileNotFoundError: no such directory or repository.
       ValueError: the model is damaged.
     """
-    directory = local_directory(path_or_repo)
-    if not (directory / PIECES).is_file():
-        return None
-    settings = directory / TOKENIZER_CONFIG
-    extra_ids = read_json(settings).get("extra_ids", 100) if settings.is_file() else 100
-    return SentencePieceTokenizer.load(directory / PIECES, extra_ids)
+    return SentencePieceTokenizer.find(local_directory(path_or_repo))
 
 
 def save_pretrained(
@@ -247,19 +238,5 @@ def save_pretrained(
     files = {}
     if tokenizer is not None:
         mapping.check_vocabulary(config, tokenizer)
-        files[PIECES] = tokenizer.model
-        contents[TOKENIZER_CONFIG] = _tokenizer_to_json(tokenizer)
+        files = tokenizer.files()
     write_pretrained(directory, export_tensors(config, params), contents, files, shard_bytes)
-
-
-def _tokenizer_to_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
-    return {
-        "tokenizer_class": "T5Tokenizer",
-        # Those that the model has no pieces for (mT5's has all of its own).
-        "extra_ids": tokenizer.vocab_size - pieces.get_piece_size(),
-        **{
-            f"{name}_token": pieces.id_to_piece(getattr(tokenizer, f"{name}_id"))
-            for name in ("pad", "eos", "unk")
-        },
-    }

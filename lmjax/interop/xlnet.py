@@ -9,6 +9,7 @@ batch backward; here each row is told (`backward`).
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.data.fast_tokenizers import FastTokenizer
+from lmjax.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from lmjax.interop import mapping
 from lmjax.interop.mapping import Source, Table
 from lmjax.interop.safetensors import CONFIG, Tensors
@@ -70,7 +72,7 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> XLNetConf
         raise ValueError(f"{source} describes no XLNet: {error}") from error
 
 
-def config_to_json(config: XLNetConfig, tokenizer: FastTokenizer | None = None) -> dict[str, Any]:
+def config_to_json(config: XLNetConfig, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     ids = {}
     if tokenizer is not None:
@@ -158,11 +160,20 @@ def export_tensors(config: XLNetConfig, params) -> Iterator[tuple[str, np.ndarra
     return mapping.export_tensors(sources(config), parameter_shapes(config), params)
 
 
+def load_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a directory, if it has one.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    return SentencePieceTokenizer.find(directory) or FastTokenizer.find(directory)
+
+
 def save_pretrained(
     directory: str | os.PathLike,
     config: XLNetConfig,
     params,
-    tokenizer: FastTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     *,
     shard_bytes: int = 5 * 10**9,
 ) -> None:

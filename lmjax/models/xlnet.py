@@ -40,10 +40,12 @@ from lmjax.models.layers import (
     dense,
     dropout,
     dropout_key,
+    few_rows_logits,
     lookup,
     same_segment,
     split_heads,
     stack,
+    unstacked,
     weight,
     whole_attention,
 )
@@ -118,6 +120,17 @@ PRESETS = {
     "base": XLNetConfig(),
     "large": XLNetConfig(layers=24, width=1_024, heads=16, feed_forward=4_096),
 }
+
+
+class DecodingState(NamedTuple):
+    """All that decoding carries; the first axis of every array is rows, or 1 in `distances`."""
+
+    layers: tuple[KeyValue, ...]
+    """Keys and values [rows, N, S, H] of memory and contents, in buffers of fixed length."""
+    distances: tuple[Float[Array, "1 P N H"], ...]
+    """The keys of the distances S, S - 1, ..., 0 in each layer."""
+    length: Int[Array, " rows"]
+    """States of memory, and tokens of each row read so far."""
 
 
 class View(NamedTuple):
@@ -277,6 +290,23 @@ class Layer(nn.Module):
         )
         return streams, remember(self.config, memory, x)
 
+    def extend(
+        self,
+        streams: tuple[Float[Array, "B T D"], Float[Array, "B T D"]],
+        past: KeyValue,
+        length: Int[Array, " B"],
+        distances: Float[Array, "1 P N H"],
+        views: tuple[View, View],
+    ) -> tuple[tuple[Float[Array, "B T D"], Float[Array, "B T D"]], KeyValue]:
+        """(streams, past) after this layer, which has read `length` contents before these."""
+        past = past.extended(self.attention.read(streams[0]).swapped(), length)
+        source = past.swapped()
+        streams = tuple(
+            self.update(stream, source, distances, view)
+            for stream, view in zip(streams, views, strict=True)
+        )
+        return streams, past
+
     def update(
         self, x: Float[Array, "B T D"], source: KeyValue, distances, view: View
     ) -> Float[Array, "B T D"]:
@@ -411,3 +441,65 @@ class XLNet(nn.Module):
 def no_memory(config: XLNetConfig, rows: int, dtype: str = "float32") -> Float[Array, "L B M D"]:
     """Of full length and zero, as the reference begins its training."""
     return jnp.zeros((config.layers, rows, config.memory, config.width), dtype)
+
+
+def start_decoding(
+    model: XLNet, params, rows: int, length: int, memory: Float[Array, "L rows M D"] | None = None
+) -> DecodingState:
+    """Room for `length` tokens of each of `rows` texts, after the `memory` of what went before."""
+    c, dtype = model.config, model.execution.dtype
+    if memory is None:
+        memory = no_memory(dataclasses.replace(c, memory=0), rows)
+    room = jnp.zeros((rows, c.heads, memory.shape[2] + length, c.head_width), dtype)
+    nothing, layers, distances = jnp.zeros(rows, jnp.int32), [], []
+    encodings = sinusoids(jnp.arange(room.shape[2], -1, -1), c.width)[None].astype(dtype)
+    attention = Attention(c, model.execution)
+    for own, states in zip(unstacked(params["layers"], c.layers), memory, strict=True):
+        bound = attention.bind({"params": own["attention"]})
+        kept = bound.read(states.astype(dtype)).swapped()
+        layers.append(KeyValue(room, room).extended(kept, nothing))
+        distances.append(bound.read_distances(encodings))
+    return DecodingState(tuple(layers), tuple(distances), nothing + memory.shape[2])
+
+
+def extend(
+    model: XLNet, params, tokens: Int[Array, "rows T"], state: DecodingState
+) -> tuple[Float[Array, "rows T V"], DecodingState]:
+    """Reads T >= 1 more tokens of each row; logits of their successors.
+
+    The order is that of the text: a token reads itself and those before it, and a query at the next
+    place, which knows no word, guesses its successor from the same.
+    """
+    return extender(model, params)(tokens, state)
+
+
+def extender(model: XLNet, params):
+    """`extend` of a model and its parameters, for use in a loop: `(tokens, state)` to the same.
+
+    The stacked parameters are taken apart here, once, and used layer by layer.
+    """
+    c = model.config
+    execution = dataclasses.replace(model.execution, attention="whole")
+    layer = Layer(c, execution)
+    own = unstacked(params["layers"], c.layers)
+
+    def extend(tokens, state):
+        bound = XLNet(c, execution).bind({"params": params})
+        keys = state.layers[0].keys.shape[2]
+        places = state.length[:, None] + jnp.arange(tokens.shape[1])
+        mask = (jnp.arange(keys) <= places[..., None])[:, None]
+        # `relative_shift` counts places from the last key where the last distance is 0.
+        views = tuple(View(mask, None, places + next - (keys - 1), None) for next in (0, 1))
+        x = bound.embed(tokens)
+        streams, layers = (x, jnp.broadcast_to(bound.mask_embedding, x.shape)), []
+        for parameters, past, distances in zip(own, state.layers, state.distances, strict=True):
+            streams, past = layer.apply(
+                {"params": parameters}, streams, past, state.length, distances, views,
+                method="extend",
+            )  # fmt: skip
+            layers.append(past)
+        logits = few_rows_logits(streams[1], bound.output_matrix()) + bound.vocabulary_bias()
+        length = state.length + tokens.shape[1]
+        return logits, state._replace(layers=tuple(layers), length=length)
+
+    return extend

@@ -73,17 +73,22 @@ def truncate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Takes tokens from the longer of the two (the second, if they are equal), one at a time, from
     its front or its back at random, until both have `length` together."""
-    excess = max(0, len(first) + len(second) - length)
-    # The longer one shrinks to the other's length, then they take turns.
-    difference = len(first) - len(second)
-    alone = min(excess, abs(difference))
-    turns = excess - alone
-    from_first = (alone if difference > 0 else 0) + turns // 2
     cut = []
-    for part, surplus in ((first, from_first), (second, excess - from_first)):
+    surplus_of_each = surpluses(len(first), len(second), length)
+    for part, surplus in zip((first, second), surplus_of_each, strict=True):
         front = int(rng.binomial(surplus, 0.5)) if surplus else 0
         cut.append(part[front : len(part) - (surplus - front)])
     return cut[0], cut[1]
+
+
+def surpluses(first: int, second: int, length: int) -> tuple[int, int]:
+    """How many tokens each of two parts loses until both have `length` together, if always the
+    longer one loses one (the second, if they are equal)."""
+    excess = max(0, first + second - length)
+    # The longer one shrinks to the other's length, then they take turns.
+    alone = min(excess, abs(first - second))
+    from_first = (alone if first > second else 0) + (excess - alone) // 2
+    return from_first, excess - from_first
 
 
 def choose_words(
@@ -129,7 +134,7 @@ class MaskedPairs:
     lines: bool = False
     """Each line of the text is a sentence; otherwise sentences end at full stops."""
 
-    corpus: ClassVar = "sentences"
+    corpus: ClassVar = "pairs"
 
     def __post_init__(self):
         if self.length < 5:

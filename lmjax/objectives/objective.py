@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
-Corpus = Literal["joined", "ended", "sentences"]
-"""Documents as they are, with an EOS after each document, or with one after each sentence."""
+Corpus = Literal["joined", "ended", "pairs", "lanes"]
+"""Documents as they are; with an EOS after each document; with one after each sentence, to choose
+pairs of sentences from, or to be read in parallel lanes from one end to the other."""
 
 
 class Objective(Protocol):
@@ -20,7 +21,7 @@ class Objective(Protocol):
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Of a row of each array that the examples have."""
+        """Of a row of each array that the examples have; see `data.batches.assemble`."""
         ...
 
     def sizes(self, window: int) -> tuple[int, int]:

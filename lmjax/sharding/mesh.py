@@ -75,8 +75,12 @@ class Layout:
             return (None,) * len(axes)
         return tuple(partition(axes, shape, self.rules, self.mesh.shape))
 
+    def activation(self, axes: Axes, shape: Sequence[int]) -> tuple[tuple[str, ...] | None, ...]:
+        """The same for an activation, however small it is."""
+        return tuple(partition(axes, shape, self.rules, self.mesh.shape))
+
     def parameters(self, params: Any, axes: Any) -> Any:
-        """The same for a whole tree of them: shapes and axes -> tuples."""
+        """`parameter` of a whole tree of them: shapes and axes -> tuples."""
         return jax.tree.map(lambda x, own: self.parameter(tuple(own), x.shape), params, axes)
 
     def summary(self, params: Any, axes: Any) -> list[str]:

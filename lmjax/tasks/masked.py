@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lmjax.models.layers import unboxed
 from lmjax.tasks.losses import token_loss
-from lmjax.tasks.task import Batch, Scalars, decay_labels
+from lmjax.tasks.task import Batch, Initial, Scalars, decay_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Masked:
 
     def init(self, rng):
         params, axes = unboxed(self.model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"])
-        return params, axes, {}
+        return Initial(params, axes)
 
     def normalizers(self, batch):
         tokens = {"tokens": batch["loss_weights"].sum()}
@@ -60,7 +60,7 @@ class Masked:
         """`loss` here is the negative log-likelihood per guessed word, in nats."""
         _, (metrics, _) = self.loss(params, extra, batch, normalizers, {}, 0)
         shown = ("accuracy", "pair_nll", "pair_accuracy")
-        return {"loss": metrics["nll"]} | {k: metrics[k] for k in shown if k in metrics}
+        return {"loss": metrics["nll"]} | {k: metrics[k] for k in shown if k in metrics}, extra
 
     def labels(self, params):
         return decay_labels(params)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from lmjax.models.layers import unboxed
 from lmjax.tasks.losses import check_regularisers, token_loss
-from lmjax.tasks.task import decay_labels
+from lmjax.tasks.task import Initial, decay_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Seq2Seq:
     def init(self, rng):
         token = jnp.zeros((1, 1), jnp.int32)
         params, axes = unboxed(self.model.init(rng, token, token)["params"])
-        return params, axes, {}
+        return Initial(params, axes)
 
     def normalizers(self, batch):
         return {"tokens": batch["loss_weights"].sum()}
@@ -59,7 +59,7 @@ class Seq2Seq:
     def evaluate(self, params, extra, batch, normalizers):
         """`loss` here is the negative log-likelihood per token, in nats, without regularisers."""
         _, (metrics, _) = self.loss(params, extra, batch, normalizers, {}, 0)
-        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}
+        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}, extra
 
     def labels(self, params):
         return decay_labels(params)

@@ -11,6 +11,20 @@ Batch = Mapping[str, Array]  # arrays whose first axis is the batch
 Scalars = dict[str, Float[Array, ""]]
 
 
+class Initial(NamedTuple):
+    """What a task begins with."""
+
+    params: Params
+    axes: Any
+    """Shaped as `params`, with a tuple of logical axis names in the place of each array; it must
+    not depend on values."""
+    extra: dict[str, Array] = {}
+    """Arrays by name that are carried from step to step without being trained."""
+    extra_axes: dict[str, tuple[str | None, ...]] = {}
+    """As `axes`. Along an axis named "batch" each row of the batch has an entry of its own, which
+    goes where the row goes; an array without one is the whole batch's."""
+
+
 class Task(Protocol):
     """A model and an objective as pure functions; `lmjax.training.fit` calls them under jit.
 
@@ -19,13 +33,8 @@ class Task(Protocol):
     batch exactly.
     """
 
-    def init(self, rng: PRNGKeyArray) -> tuple[Params, Any, Any]:
-        """Returns (params, axes, extra).
-
-        `axes` is shaped as `params`, with a tuple of logical axis names in the place of each
-        array; it must not depend on values. `extra` holds arrays that are carried from step to
-        step without being trained ({} when there are none); each device keeps all of it.
-        """
+    def init(self, rng: PRNGKeyArray) -> Initial:
+        """Parameters drawn from `rng`, and what goes with them."""
         ...
 
     def normalizers(self, batch: Batch) -> Scalars:
@@ -48,8 +57,11 @@ class Task(Protocol):
         """
         ...
 
-    def evaluate(self, params: Params, extra: Any, batch: Batch, normalizers: Scalars) -> Scalars:
-        """Metrics without dropout, sums divided by `normalizers`; `loss` is among them."""
+    def evaluate(
+        self, params: Params, extra: Any, batch: Batch, normalizers: Scalars
+    ) -> tuple[Scalars, Any]:
+        """(metrics without dropout, extra): sums divided by `normalizers`, `loss` among them, and
+        what the next held-out batch is given. The first one is given that of training."""
         ...
 
     def labels(self, params: Params) -> Any:

@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -199,7 +199,8 @@ def fit(
         reporter = Reporter(workdir, first, steps, flops, peak and peak * layout.mesh.size)
         stack.enter_context(reporter)
         reporter.say(f"  {first} of {steps} steps are done")
-        evaluator = Evaluator(task, evaluation, layout.batch) if evaluation else None
+        kept = shardings(target.extra)
+        evaluator = Evaluator(task, evaluation, layout.batch, kept) if evaluation else None
         guard = Guard(runtime, checkpoints, target.params, info["skipped"])
         loop = Loop(compiled, feed, evaluator, checkpoints, reporter, guard, runtime)
         state = loop.run(state, batch, first, steps, interruption)
@@ -286,30 +287,30 @@ class Feed:
 
 
 class Evaluator:
-    """Metrics over held-out batches, weighted as if they were one batch."""
+    """Metrics over held-out batches in their order, weighted as if they were one batch."""
 
     def __init__(
         self,
         task: Task,
         batches: Sequence[Mapping[str, np.ndarray]],
         sharding: jax.sharding.Sharding,
+        extra_shardings: Any,
     ):
         self._batches, self._sharding = batches, sharding
-        self._evaluate = jax.jit(task.evaluate)
+        self._evaluate = jax.jit(task.evaluate, out_shardings=(None, extra_shardings))
         normalize = jax.jit(task.normalizers)
         self._normalizers = _total(normalize(put_batch(batch, sharding)) for batch in batches)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        results = (
-            self._evaluate(
-                state.evaluated, state.extra, put_batch(batch, self._sharding), self._normalizers
-            )
-            for batch in self._batches
-        )
+        results, extra = [], state.extra
+        for batch in self._batches:
+            rows = put_batch(batch, self._sharding)
+            metrics, extra = self._evaluate(state.evaluated, extra, rows, self._normalizers)
+            results.append(metrics)
         return _floats(_total(results))
 
 
-def _total(trees: Iterator[Any]) -> Any:
+def _total(trees: Iterable[Any]) -> Any:
     return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), trees)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from lmjax.tasks.task import Params, Task
+from lmjax.tasks.task import Initial, Params, Task
 from lmjax.training.optimizers import Optimizer
 
 
@@ -48,15 +48,23 @@ class TrainState(NamedTuple):
         return self.params if self.ema is None else self.ema
 
 
-def abstract_parameters(task: Task) -> tuple[Params, Any]:
-    """Shapes and logical axes of a task's parameters, without computing them."""
+def abstract_init(task: Task) -> Initial:
+    """What a task begins with: shapes and logical axes, without computing anything."""
     found = {}
 
     def init():
-        params, found["axes"], _ = task.init(jax.random.key(0))
-        return params
+        initial = task.init(jax.random.key(0))
+        found.update(axes=initial.axes, extra_axes=initial.extra_axes)
+        return initial.params, initial.extra
 
-    return jax.eval_shape(init), found["axes"]
+    params, extra = jax.eval_shape(init)
+    return Initial(params, found["axes"], extra, found["extra_axes"])
+
+
+def abstract_parameters(task: Task) -> tuple[Params, Any]:
+    """Shapes and logical axes of a task's parameters, without computing them."""
+    initial = abstract_init(task)
+    return initial.params, initial.axes
 
 
 def init_state(
@@ -64,18 +72,20 @@ def init_state(
 ) -> TrainState:
     """The state at step 0, with parameters drawn from `seed` unless `params` are given."""
     init_key, rng = jax.random.split(jax.random.key(seed))
-    drawn, _, extra = task.init(init_key)
-    params = drawn if params is None else params
+    initial = task.init(init_key)
+    params = initial.params if params is None else params
     ema = jax.tree.map(jnp.copy, params) if averaged else None
-    return TrainState(jnp.int32(0), params, extra, optimizer.init(params), ema, rng)
+    return TrainState(jnp.int32(0), params, initial.extra, optimizer.init(params), ema, rng)
 
 
-def state_axes(state: TrainState, entries: Any, optimizer: Optimizer) -> TrainState:
-    """From one entry per axis of each parameter, those of each array of an abstract state."""
+def state_axes(
+    state: TrainState, entries: Any, extra_entries: Any, optimizer: Optimizer
+) -> TrainState:
+    """From one entry per axis of each parameter and extra array, those of an abstract state."""
     return TrainState(
         step=(),
         params=entries,
-        extra=jax.tree.map(lambda x: (None,) * len(x.shape), state.extra),
+        extra=extra_entries,
         opt_state=optimizer.state_axes(state.params, entries),
         ema=None if state.ema is None else entries,
         rng=(),

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lmjax.models.layers import constrain
 from lmjax.sharding.hardware import device_memory
 from lmjax.sharding.mesh import Layout, check_batch_size, lay_out
+from lmjax.sharding.partition import Axes
 from lmjax.sharding.strategies import PMAP, STRATEGIES, MeshOptions, Need, StrategyName, choose
 from lmjax.tasks.task import Batch, Params, Scalars, Task
 from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
@@ -20,6 +21,7 @@ from lmjax.training.schedules import Schedule
 from lmjax.training.state import (
     Averaging,
     TrainState,
+    abstract_init,
     abstract_parameters,
     init_state,
     state_axes,
@@ -44,6 +46,7 @@ def train_step(
     schedule: Schedule,
     microbatches: int,
     averaging: Averaging | None,
+    extra_axes: dict[str, Axes],
     replicas: str | None = None,
 ) -> tuple[TrainState, Outcome]:
     """One step of training; under pmap, of the rows that this replica has, `replicas` its axis.
@@ -53,11 +56,16 @@ def train_step(
     then lags behind the step counter.
     """
     key = jax.random.fold_in(state.rng, state.step)
-    total = _same
+    total, extra = _same, state.extra
     if replicas is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(replicas))
         total = functools.partial(jax.lax.psum, axis_name=replicas)
-    loss, metrics, extra, gradients = accumulate(task, state, batch, key, microbatches, total)
+        extra = own_rows(extra, extra_axes, replicas)
+    loss, metrics, extra, gradients = accumulate(
+        task, state._replace(extra=extra), batch, key, microbatches, extra_axes, total
+    )
+    if replicas is not None:
+        extra = all_rows(extra, extra_axes, replicas)
     squares = jnp.stack(
         [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)]
     )
@@ -90,13 +98,14 @@ def accumulate(
     batch: Batch,
     key: PRNGKeyArray,
     microbatches: int,
+    extra_axes: dict[str, Axes],
     total: Callable[[Any], Any] = _same,
 ) -> tuple[Float[Array, ""], Scalars, Any, Params]:
     """(loss, metrics, extra, gradients) of a batch, computed in `microbatches` pieces.
 
     All are divided by the normalizers of the whole batch, so those of the pieces simply add up.
-    `extra` is passed on from piece to piece. `total` sums a tree over replicas that have other
-    rows.
+    `extra` is passed on from piece to piece; of arrays with entries for the rows, each piece has
+    its own. `total` sums a tree over replicas that have other rows.
     """
     normalizers = total(task.normalizers(batch))
 
@@ -110,26 +119,61 @@ def accumulate(
         return value, metrics, extra, gradients
 
     def add(carry, inputs):
-        extra, before = carry
-        (value, (metrics, extra)), gradients = gradient(state.params, extra, *inputs)
-        return (extra, jax.tree.map(jnp.add, before, gradients)), (value, metrics)
+        common, before = carry
+        piece, key, own = inputs
+        (value, (metrics, extra)), gradients = gradient(state.params, common | own, piece, key)
+        common, own = ({name: extra[name] for name in part} for part in (common, own))
+        return (common, jax.tree.map(jnp.add, before, gradients)), (value, metrics, own)
 
-    inputs = split(batch, microbatches), jax.random.split(key, microbatches)
+    of_rows = {name: axes for name, axes in extra_axes.items() if "batch" in axes}
+    own = {name: split(state.extra[name], microbatches, axes) for name, axes in of_rows.items()}
+    common = {name: x for name, x in state.extra.items() if name not in of_rows}
+    pieces = {
+        name: split(x, microbatches, ("batch",) + (None,) * (x.ndim - 1))
+        for name, x in batch.items()
+    }
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    (extra, gradients), sums = jax.lax.scan(add, (state.extra, zeros), inputs)
+    inputs = pieces, jax.random.split(key, microbatches), own
+    (common, gradients), (*sums, own) = jax.lax.scan(add, (common, zeros), inputs)
     value, metrics = jax.tree.map(lambda x: x.sum(0), sums)
     value, metrics, gradients = total((value, metrics, gradients))
-    return value, metrics, extra, gradients
+    own = {name: joined(x, of_rows[name]) for name, x in own.items()}
+    return value, metrics, common | own, gradients
 
 
-def split(batch: Batch, pieces: int) -> Batch:
-    """[B, ...] -> [pieces, B / pieces, ...], each device keeping the rows it has."""
+def split(x: Array, pieces: int, axes: Axes) -> Array:
+    """Along "batch": [..., B, ...] -> [pieces, ..., B / pieces, ...], each device keeping the rows
+    it has."""
+    at = axes.index("batch")
+    x = x.reshape(*x.shape[:at], x.shape[at] // pieces, pieces, *x.shape[at + 1 :])
+    return constrain(jnp.moveaxis(x, at + 1, 0), None, *axes)
 
-    def pile(x):
-        x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
 
-    return jax.tree.map(pile, batch)
+def joined(pieces: Array, axes: Axes) -> Array:
+    """The inverse of `split`."""
+    at = axes.index("batch")
+    x = jnp.moveaxis(pieces, 0, at + 1)
+    return constrain(x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :]), *axes)
+
+
+def own_rows(extra: dict[str, Array], axes: dict[str, Axes], replicas: str) -> dict[str, Array]:
+    """Under pmap: the entries of this replica's rows."""
+
+    def own(x, at):
+        count = x.shape[at] // jax.lax.axis_size(replicas)
+        first = jax.lax.axis_index(replicas) * count
+        return jax.lax.dynamic_slice_in_dim(x, first, count, at)
+
+    return {name: own(x, axes[name].index("batch")) for name, x in extra.items()}
+
+
+def all_rows(extra: dict[str, Array], axes: dict[str, Axes], replicas: str) -> dict[str, Array]:
+    """The inverse of `own_rows`."""
+
+    def gather(x, at):
+        return jax.lax.all_gather(x, replicas, axis=at, tiled=True)
+
+    return {name: gather(x, axes[name].index("batch")) for name, x in extra.items()}
 
 
 # --- before the first step
@@ -197,11 +241,18 @@ def prepare(
     Raises:
         ValueError: strategy pmap for what it cannot do.
     """
-    params, axes = abstract_parameters(task)
+    params, axes, _, extra_axes = abstract_init(task)
     transformation = optimizer.transformation(axes, task.labels(params))
     build = functools.partial(init_state, task, transformation, averaging is not None, seed)
     shapes = jax.eval_shape(build)
-    entries = state_axes(shapes, layout.parameters(params, axes), transformation)
+    if layout.strategy is PMAP:
+        refuse_for_pmap(extra_axes)
+        extra = {name: (None,) * x.ndim for name, x in shapes.extra.items()}
+    else:
+        extra = {
+            name: layout.activation(extra_axes[name], x.shape) for name, x in shapes.extra.items()
+        }
+    entries = state_axes(shapes, layout.parameters(params, axes), extra, transformation)
     target = jax.tree.map(
         lambda x, parts: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(parts)),
         shapes,
@@ -214,14 +265,19 @@ def prepare(
         schedule=optimizer.schedule,
         microbatches=microbatches,
         averaging=averaging,
+        extra_axes=extra_axes,
         replicas=REPLICAS if layout.strategy is PMAP else None,
     )
-    if layout.strategy is PMAP and (jax.tree.leaves(shapes.extra) or jax.process_count() > 1):
-        raise ValueError(
-            "strategy pmap is for one process, and for tasks without extra arrays to carry along:"
-            " choose dp, which divides the same things"
-        )
     return Prepared(step, build, target)
+
+
+def refuse_for_pmap(extra_axes: dict[str, Axes]) -> None:
+    """Raises ValueError for what replicas by themselves cannot do."""
+    if jax.process_count() > 1 or any("batch" not in axes for axes in extra_axes.values()):
+        raise ValueError(
+            "strategy pmap is for one process, and for tasks that carry no arrays along but those"
+            " of their rows: choose dp, which divides the same things"
+        )
 
 
 def lower_step(prepared: Prepared, batch: Batch, layout: Layout) -> jax.stages.Lowered:

@@ -90,7 +90,7 @@ def test_guesses_in_packed_rows_are_those_of_the_texts_alone():
     texts = [hide(TOKENS[:n], np.random.default_rng(n), rate=0.3) for n in (20, 9, 11)]
     packed = assemble([texts[:2], texts[2:]], {"inputs": 40, "targets": 16})
     task = Masked(MODEL)
-    params, _, _ = task.init(jax.random.key(0))
+    params = task.init(jax.random.key(0)).params
     totals = {"tokens": jnp.ones(())}
     rows = {name: jnp.asarray(array) for name, array in packed.items()}
     whole, (metrics, _) = task.loss(params, {}, rows, totals, {}, 0)

@@ -5,7 +5,15 @@ import functools
 import numpy as np
 import pytest
 
-from lmjax.objectives.permutation_lm import SPANS, choose_spans, permutation_lm
+from lmjax.data.batches import assemble
+from lmjax.objectives.permutation_lm import (
+    SPANS,
+    LaneRow,
+    PermutationLM,
+    choose_spans,
+    permutation_lm,
+    two_parts,
+)
 
 SEP, CLS, VOCAB = 4, 3, 400
 STARTS = np.arange(VOCAB) % 3 > 0  # two of three ids begin a word
@@ -148,3 +156,130 @@ def test_all_orders_are_alike():
 def test_too_many_targets_are_refused():
     with pytest.raises(ValueError, match="70 words to guess do not fit into 64 tokens"):
         permute(REUSED, FIRST, SECOND, np.random.default_rng(0), targets=140)
+
+
+# --- the two parts of a row, and the row
+
+
+def split_a_and_b(data, sentence_ids, begin, length, rng):
+    """`_split_a_and_b` told again, but for the label that nobody reads."""
+    end, cuts = begin + 1, []
+    while end < len(data):
+        if sentence_ids[end] != sentence_ids[end - 1]:
+            if end - begin >= length:
+                break
+            cuts.append(end)
+        end += 1
+    if not cuts or rng.random() >= 0.5:
+        a_end = cuts[rng.integers(len(cuts))] if cuts else end
+        count = max(1, length - (a_end - begin))
+        b_begin = rng.integers(len(data) - count)
+        b_end = b_begin + count
+        while b_begin > 0 and sentence_ids[b_begin - 1] == sentence_ids[b_begin]:
+            b_begin -= 1
+        while b_end < len(data) and sentence_ids[b_end - 1] == sentence_ids[b_end]:
+            b_end += 1
+    else:
+        a_end = cuts[rng.integers(len(cuts))]
+        b_begin, b_end = a_end, end
+    while (a_end - begin) + (b_end - b_begin) > length:
+        if a_end - begin > b_end - b_begin:
+            a_end -= 1
+        else:
+            b_end -= 1
+    return data[begin:a_end], data[b_begin:b_end]
+
+
+class Told:
+    """A lane made of lists: sentences of random lengths."""
+
+    def __init__(self, longest, backward=False):
+        draw, self.backward = np.random.default_rng(longest), backward
+        lengths = draw.integers(1, longest, 40)
+        self.words = np.arange(10, 10 + lengths.sum())
+        self.sentence_ids = np.repeat(np.arange(40), lengths)
+        self.ends = np.concatenate([[0], np.cumsum(lengths)])
+
+    def __len__(self):
+        return len(self.words)
+
+    def read(self, start, stop):
+        return self.words[start:stop]
+
+    def boundaries(self, start, stop):
+        return self.ends[(self.ends > start) & (self.ends < stop)]
+
+    def boundary_from(self, place):
+        return int(self.ends[self.ends >= place][0])
+
+    def boundary_up_to(self, place):
+        return int(self.ends[self.ends <= place][-1])
+
+
+@pytest.mark.parametrize("longest", [4, 15, 90])
+def test_parts_are_cut_as_the_references(longest):
+    lane = Told(longest)
+    continued = 0
+    for seed in range(300):
+        start = seed % (len(lane) - 30)
+        first, second = two_parts(lane, start, 29, np.random.default_rng(seed))
+        theirs = split_a_and_b(
+            lane.words, lane.sentence_ids, start, 29, np.random.default_rng(seed)
+        )
+        np.testing.assert_array_equal(first, theirs[0])
+        np.testing.assert_array_equal(second, theirs[1])
+        assert len(first) + len(second) == 29 and len(first) and len(second)
+        continued += second[0] == first[-1] + 1
+    assert continued
+
+
+class Pieces:
+    sep_id, cls_id = SEP, CLS
+
+    def starts_word(self):
+        return np.arange(600) % 3 > 0
+
+
+def test_a_row_of_a_lane():
+    settings = PermutationLM(length=32, reuse=12, targets=6)
+    make = settings.bind(Pieces())
+    for backward in (False, True):
+        lane = Told(6, backward)
+        example = make(LaneRow(lane, 24), np.random.default_rng(3))
+        assert example["lane"] == [backward] and example["lane_positions"] == [24]
+        np.testing.assert_array_equal(example["inputs"][:12], lane.words[24:36])
+        assert (example["inputs"] == SEP).sum() == 2 and example["inputs"][-1] == CLS
+        batch = assemble([[example], []], settings.lengths)
+        assert sorted(batch) == sorted([
+            "inputs", "inputs_positions", "inputs_segment_ids", "inputs_order",
+            "inputs_token_types", "targets", "targets_positions", "targets_segment_ids",
+            "lane", "lane_positions", "lane_segment_ids", "loss_weights",
+        ])  # fmt: skip
+        np.testing.assert_array_equal(batch["inputs_order"][0], example["inputs_order"])
+        assert batch["loss_weights"][0].sum() == len(example["targets"])
+        assert batch["loss_weights"][1].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 20, "reuse": 16}, "length is 20 and reuse 16"),
+        ({"reuse": 0}, "reuse 0"),
+        (
+            {"length": 40, "reuse": 5, "targets": 12},
+            "12 targets do not fit into halves of 5 and 35",
+        ),
+        ({"context": 0}, "context is 0"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PermutationLM(**settings)
+
+
+def test_a_tokenizer_without_its_tokens():
+    class Bare(Pieces):
+        sep_id = None
+
+    with pytest.raises(ValueError, match="--data.subwords xlnet_unigram"):
+        PermutationLM().bind(Bare())

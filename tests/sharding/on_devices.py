@@ -16,6 +16,7 @@ from lmjax.models.bert import Bert, BertConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
+from lmjax.models.xlnet import XLNet, XLNetConfig
 from lmjax.sharding.hlo import collectives, parse_hlo
 from lmjax.sharding.mesh import activate, put_batch
 from lmjax.sharding.planning import plan_step
@@ -23,6 +24,7 @@ from lmjax.sharding.strategies import MeshOptions
 from lmjax.sharding.topology import Topology
 from lmjax.tasks.causal import Causal
 from lmjax.tasks.masked import Masked
+from lmjax.tasks.permuted import Permuted
 from lmjax.tasks.seq2seq import Seq2Seq
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import bytes_per_device
@@ -71,6 +73,18 @@ BART_SIZES = BartConfig(
 )
 
 
+XLNET_SIZES = XLNetConfig(
+    vocab=1_005,
+    layers=2,
+    width=120,
+    heads=15,
+    feed_forward=512,
+    memory=16,
+    reuse=12,
+    dropout=0.0,
+)
+
+
 def t5(config: T5Config, remat: str):
     return Seq2Seq(T5(config, Execution("float32", remat)), z_loss=1e-4)
 
@@ -113,6 +127,19 @@ def masked(config) -> dict[str, np.ndarray]:
     return {**batch, **targets, "loss_weights": there.astype(np.float32)}
 
 
+def permuted(config) -> dict[str, np.ndarray]:
+    """As `masked`, in a random order; every second row is read backward, some begin their lanes."""
+    rows, rng = masked(config), np.random.default_rng(1)
+    shape = rows["inputs"].shape
+    batch = {name: array for name, array in rows.items() if not name.endswith("inputs_positions")}
+    order = np.argsort(rng.random(shape), axis=1)
+    types = (np.arange(shape[1]) > 12) + np.zeros(shape, int)
+    lanes = {"lane": np.arange(ROWS) % 2, "lane_positions": 12 * (np.arange(ROWS) % 3)}
+    more = {"inputs_order": order, "inputs_token_types": types}
+    more |= {name: array[:, None] for name, array in lanes.items()}
+    return batch | {name: array.astype(np.int32) for name, array in more.items()}
+
+
 # Every model has a line here, and one with a shape that divides by nothing.
 MODELS = {
     "t5": (t5(EVEN, "matmuls"), Adafactor(Constant(0.03)), text_to_text(EVEN)),
@@ -135,6 +162,11 @@ MODELS = {
         Seq2Seq(Bart(BART_SIZES, Execution("float32", "full")), start=BART_SIZES.start),
         AdamW(Constant(3e-3)),
         text_to_text(BART_SIZES),
+    ),
+    "xlnet": (
+        Permuted(XLNet(XLNET_SIZES, Execution("float32", "matmuls")), ROWS),
+        AdamW(Constant(3e-3)),
+        permuted(XLNET_SIZES),
     ),
 }
 LAYOUTS = {

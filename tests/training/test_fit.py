@@ -1,3 +1,4 @@
+import functools
 import os
 import signal
 import subprocess
@@ -37,14 +38,14 @@ def assert_same(a, b):
 def start(averaging=None, task=None, settings=toy.OPTIMIZER):
     """A first state and a jitted step, without the loop."""
     task = task or toy.Regression()
-    params, axes, _ = task.init(jax.random.key(0))
+    params, axes, _, extra_axes = task.init(jax.random.key(0))
     optimizer = settings.transformation(axes, task.labels(params))
     state = init_state(task, optimizer, averaging is not None, seed=3)
 
     def step(state, batch):
         return train_step(
             state, batch, task=task, optimizer=optimizer, schedule=settings.schedule,
-            microbatches=1, averaging=averaging,
+            microbatches=1, averaging=averaging, extra_axes=extra_axes,
         )  # fmt: skip
 
     return state, jax.jit(step)
@@ -71,14 +72,33 @@ def run_script(workdir, steps, fate, **environment):
 # --- the step
 
 
-def test_micro_batches_add_up_to_the_whole_batch():
-    task = toy.Regression(dropout=0.0)
+class Remembering(toy.Regression):
+    """With what each row has brought so far."""
+
+    def init(self, rng):
+        initial = super().init(rng)
+        return initial._replace(
+            extra={**initial.extra, "brought": jnp.arange(24.0).reshape(2, 12)},
+            extra_axes={**initial.extra_axes, "brought": (None, "batch")},
+        )
+
+    def loss(self, params, extra, batch, *rest):
+        loss, (metrics, counted) = super().loss(params, extra, batch, *rest)
+        return loss, (metrics, {**counted, "brought": 2 * extra["brought"] + batch["y"]})
+
+
+@pytest.mark.parametrize("kind", [toy.Regression, Remembering])
+def test_micro_batches_add_up_to_the_whole_batch(kind):
+    task = kind(dropout=0.0)
     state, _ = start(task=task)
     batch = toy.Numbers(batch_size=12).batch(0)
-    key = jax.random.key(0)
-    jitted = jax.jit(accumulate, static_argnums=(0, 4))
-    parts = jitted(task, state, batch, key, 4)
-    whole = jitted(task, state, batch, key, 1)
+    axes = task.init(jax.random.key(0)).extra_axes
+
+    def accumulated(microbatches):
+        run = functools.partial(accumulate, task, microbatches=microbatches, extra_axes=axes)
+        return jax.jit(run)(state, batch, jax.random.key(0))
+
+    parts, whole = accumulated(4), accumulated(1)
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
 
@@ -124,7 +144,7 @@ def test_evaluation_is_exact_over_batches_of_unequal_weight_and_uses_the_average
     state = toy.train(tmp_path, 3, averaging=Averaging(0.9), evaluation=toy.EVALUATION).state
     joined = {k: np.concatenate([b[k] for b in toy.EVALUATION]) for k in toy.EVALUATION[0]}
     task = toy.Regression()
-    expected = task.evaluate(state.ema, {}, joined, task.normalizers(joined))["loss"]
+    expected = task.evaluate(state.ema, {}, joined, task.normalizers(joined))[0]["loss"]
     last = read_metrics(tmp_path / METRICS)[-1]
     assert last["step"] == 3
     assert last["eval_loss"] == pytest.approx(float(expected), rel=1e-6)
@@ -226,7 +246,7 @@ def test_starting_from_given_parameters(tmp_path, whole):
     assert_same(given, whole[1].params)
     toy.train(tmp_path / "a", 1, init=lambda: given, evaluation=toy.EVALUATION[:1])
     batch, task = toy.EVALUATION[0], toy.Regression()
-    expected = task.evaluate(given, {}, batch, task.normalizers(batch))["loss"]
+    expected = task.evaluate(given, {}, batch, task.normalizers(batch))[0]["loss"]
     first = read_metrics(tmp_path / "a" / METRICS)[0]
     assert first["eval_loss"] == pytest.approx(float(expected), rel=1e-6)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.tasks.task import Initial
 from lmjax.training.checkpoints import Checkpoints
 from lmjax.training.fit import FitOptions, fit
 from lmjax.training.optimizers import AdamW
@@ -34,7 +35,7 @@ class Regression:
             "out": {"kernel": jax.random.normal(two, (self.width, 1)) / self.width**0.5},
         }
         axes = {"hidden": {"kernel": ("embed", "mlp")}, "out": {"kernel": ("mlp", None)}}
-        return params, axes, {"rows": jnp.float32(0)}
+        return Initial(params, axes, {"rows": jnp.float32(0)}, {"rows": ()})
 
     def normalizers(self, batch):
         return {"loss": batch["weights"].sum()}
@@ -48,7 +49,7 @@ class Regression:
     def evaluate(self, params, extra, batch, normalizers):
         hidden = jnp.tanh(batch["x"] @ params["hidden"]["kernel"])
         loss, metrics = self._error(params, hidden, batch, normalizers)
-        return {"loss": loss, **metrics}
+        return {"loss": loss, **metrics}, extra
 
     def _error(self, params, hidden, batch, normalizers):
         error = (hidden @ params["out"]["kernel"])[:, 0] - batch["y"]
