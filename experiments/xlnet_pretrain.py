@@ -16,12 +16,11 @@ The same command, run again, continues the run in --workdir.
 The text is divided into as many lanes as a batch has rows, half of them read from their ends; the
 next row of a lane begins after the reused part of this one.
 
-`base` and `large` are the published models with the published settings: rows of 512 tokens of which
-256 are reused, 384 states of memory, 85 words to guess; `large` for 500,000 steps of 8,192 rows with
-a linear decay from 4e-4 after 40,000 steps of warm-up, decay 0.01, clipping at 1, Adam without bias
-correction. For `base` the rows and the rate are not published; those here are the README's example
-of 2,048 rows, with the same schedule. Their text and their tokenizer (spiece.model) are yours to
-give.
+`base` and `large` are the published models with the published settings: rows of 512 tokens, 256 of
+them reused, 384 states of memory, 85 words to guess; 500,000 steps of 8,192 rows, Adam without bias
+correction, decay 0.01, clipping at 1, a linear decay from 4e-4 after 40,000 steps of warm-up. The
+batch and rate of `base` are not published: it takes 2,048 rows, as the released code's example, and
+the same rate. Their text and their tokenizer (spiece.model) are yours to give.
 """
 
 import dataclasses
