@@ -39,13 +39,11 @@ _HANGUL = re.compile("[\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]")
 
 @dataclasses.dataclass(frozen=True)
 class PictureData:
-    """Which pictures to train on. With nothing set: emoji, with their names in English and Korean.
-
-    """
+    """Which pictures to train on. With nothing set: emoji, named in English and Korean."""
 
     folder: str | None = None
-    """Your own pictures: all PNG, JPEG, WebP, GIF, BMP and TIFF files in it, at any depth. Each line
-    of a .txt file of the same name is a caption."""
+    """Your own pictures: all PNG, JPEG, WebP, GIF, BMP and TIFF files in it, at any depth. Each
+    line of a .txt file of the same name is a caption."""
     captions: str | None = None
     """A file that says which pictures to take, with captions. JSON lines, or one list, of
     {"file_name": ..., "text": ...}; also "image" or "file_path", "caption" or "captions", and
@@ -64,6 +62,8 @@ class PictureData:
     unusable: Unusable = "skip"
     """What to do about files that cannot be read, or that have no caption where one is needed:
     leave them out and say so, or refuse the set."""
+    augment: bool = True
+    """Train on random parts of the pictures, as in the paper, rather than on their middle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,9 @@ def _entries(path: Path) -> dict[str, Captions]:
     is_list = content.lstrip().startswith("[")
     where = f"{path}, entry" if is_list else f"{path}, line"
     texts = collections.defaultdict(list)
-    for number, entry in enumerate(_json_list(content, path) if is_list else content.split("\n"), 1):
+    for number, entry in enumerate(
+        _json_list(content, path) if is_list else content.split("\n"), 1
+    ):
         if isinstance(entry, str):
             if not entry.strip():
                 continue

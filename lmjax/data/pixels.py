@@ -1,6 +1,6 @@
 """Encoded pictures to square arrays of pixels: reading them, and DALL-E's random crops.
 
-Paper: Ramesh et al. 2021, appendix A.2, listing 1 (the dVAE's crops), and B.3, listing 2 (the
+Paper: Ramesh et al. 2021, appendix A, listing 1 (the dVAE's crops), and B, listing 2 (the
 transformer's). As there, pictures shrink by averaging over areas.
 
 Departures: pictures smaller than the crop, which the paper has none of, are enlarged to it; a crop
@@ -62,8 +62,8 @@ def dvae_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.nda
 
 
 def transformer_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Listing 2: a square of the shorter side from around the middle, shrunk to `size` to 9/8 of it,
-    then a random part of that. Not mirrored: there may be text in it."""
+    """Listing 2: a square of the shorter side from around the middle, shrunk to between `size` and
+    9/8 of it, then a random part of that. Not mirrored: there may be text in it."""
     side = min(image.size)
     left, top = (_near_middle(length - side, rng) for length in image.size)
     longest = max(size, min(side, round(9 / 8 * size)))

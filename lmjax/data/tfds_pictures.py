@@ -49,7 +49,9 @@ def tfds_pictures(
             " that is called image"
         )
     image = "image" if "image" in images else images[0]
-    names = {"train": "train"} | {"validation": v for v in reversed(VALIDATION) if v in info.splits}
+    names = {"train": "train"}
+    if held_out := [name for name in VALIDATION if name in info.splits]:
+        names["validation"] = held_out[0]
     return {
         split: _split(builder, own_name, image, f"{info.full_name}/{own_name}")
         for split, own_name in names.items()
