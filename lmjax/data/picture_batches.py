@@ -1,10 +1,12 @@
 """From pictures to batches: pixels or codes, with or without captions.
 
-pictures         uint8 [B, R, R, 3]: a quarter of what floats would be, until on the device
-codes            int32 [B, codes], instead, of a `CodeStore`
-captions         int32 [B, T], zeros behind the caption's tokens
-caption_lengths  int32 [B], how many those are
-loss_weights     float32 [B], 0 for the empty rows that fill up the last batch of an evaluation
+A batch has, of these arrays, those that are asked for, and the last:
+
+    pictures          uint8 [B, R, R, 3]: a quarter of what floats would be, until on the device
+    image_tokens      int32 [B, codes], instead, of a `CodeStore`
+    captions          int32 [B, T], zeros behind the caption's tokens
+    captions_lengths  int32 [B], how many those are
+    loss_weights      float32 [B], 0 for rows that fill up the last batch of an evaluation
 """
 
 import dataclasses
@@ -90,7 +92,7 @@ class CodeRows:
 
     @property
     def lengths(self) -> dict[str, int]:
-        return {"codes": self.store.codes.shape[1]}
+        return {"image_tokens": self.store.codes.shape[1]}
 
     def __len__(self) -> int:
         return len(self.readable)
@@ -118,7 +120,7 @@ class PictureExample:
         if isinstance(picture.content, Image.Image):
             example = {"pictures": self.crop(picture.content, self.size, rng)}
         else:
-            example = {"codes": picture.content}
+            example = {"image_tokens": picture.content}
         if self.captions is not None:
             example["captions"] = self.captions(picture.captions, rng)
         return example
@@ -133,7 +135,7 @@ def stack(rows: Sequence[Sequence[Mapping[str, np.ndarray]]], lengths: Mapping[s
     """The batch of the module docstring, of rows with one example or none.
 
     Args:
-        lengths: R of `pictures`, codes of `codes` and T of `captions`, of those that there are.
+        lengths: R of `pictures`, codes of `image_tokens` and T of `captions`, of those that there are.
     """
     batch = {}
     for name, length in lengths.items():
@@ -146,7 +148,7 @@ def stack(rows: Sequence[Sequence[Mapping[str, np.ndarray]]], lengths: Mapping[s
                 batch[name][place, : len(example[name])] = example[name]
     if "captions" in lengths:
         counts = [sum(len(example["captions"]) for example in row) for row in rows]
-        batch["caption_lengths"] = np.array(counts, np.int32)
+        batch["captions_lengths"] = np.array(counts, np.int32)
     batch["loss_weights"] = np.array([len(row) for row in rows], np.float32)
     return batch
 

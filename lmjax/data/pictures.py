@@ -254,12 +254,13 @@ def _entries(path: Path) -> dict[str, Captions]:
                 raise ValueError(
                     f"{where} {number} is not JSON ({error.msg}): expected one object"
                 ) from error
-        name = next((entry[key] for key in FILE_KEYS if key in entry), None)
-        if not isinstance(entry, dict) or not isinstance(name, str):
+        fields = entry if isinstance(entry, dict) else {}
+        name = next((fields[key] for key in FILE_KEYS if key in fields), None)
+        if not isinstance(name, str):
             raise ValueError(f"{where} {number} names no picture: expected one of {FILE_KEYS}")
         found = texts[Path(name).as_posix()]
         for key in CAPTION_KEYS:
-            value = entry.get(key) or []
+            value = fields.get(key) or []
             value = [value] if isinstance(value, str) else value
             if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
                 raise ValueError(f"{where} {number} has no text under {key!r}")
