@@ -11,7 +11,7 @@ from PIL import Image
 
 from lmjax.data.pictures import PictureData, by_language, open_pictures, picture_files
 from lmjax.data.pixels import read_picture
-from tests.data.test_sources import as_tfrecord
+from tests.data.tfrecords import as_tfrecord
 
 
 def png(color):
