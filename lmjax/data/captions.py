@@ -19,7 +19,7 @@ from lmjax.data.tokenizers import Tokenizer, cached_tokenizer, named_tokenizer
 from lmjax.objectives.bpe_dropout import Merges, bpe_dropout
 
 Language = Literal["en", "ko", "both"]
-NAMES = {"en": "English", "ko": "Korean", "both": ""}
+WANTED = {"en": "English captions", "ko": "Korean captions", "both": "captions"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class CaptionEncoder:
         """One of the captions."""
         chosen = list(in_language(captions, self.language).values())
         if not chosen:
-            raise ValueError(f"a picture has no {NAMES[self.language]} caption to learn from")
+            raise ValueError(f"a picture has no {WANTED[self.language]} to learn from")
         texts = chosen[rng.integers(len(chosen))] if len(chosen) > 1 else chosen[0]
         return texts[rng.integers(len(texts))] if len(texts) > 1 else texts[0]
 
@@ -173,10 +173,11 @@ def with_captions(pictures: Pictures, data: CaptionedPictureData) -> Pictures:
     having = [i for i, all in enumerate(pictures.captions) if in_language(all, data.language)]
     if len(having) == len(pictures):
         return pictures
-    lacking = min(set(range(len(pictures))) - set(having))
-    what = f"{len(pictures) - len(having):,} of {len(pictures):,} pictures without"
-    what = f"{what} {NAMES[data.language]} captions".replace("  ", " ")
-    what = f"{what}, the first of them {pictures.place(lacking)}"
+    first = min(set(range(len(pictures))) - set(having))
+    what = (
+        f"{len(pictures) - len(having):,} of {len(pictures):,} pictures without"
+        f" {WANTED[data.language]}, the first of them {pictures.place(first)}"
+    )
     if not having:
         raise ValueError(f"there is nothing to learn from: {what}")
     report(what, data.unusable)

@@ -66,8 +66,8 @@ class PictureRows:
                 image = read_picture(self.pictures.file(other), self.size)
             except UnreadablePicture as error:
                 self.unreadable[other] = self.pictures.place(other)
-                what = f"{self.pictures.place(other)} ({error}), number {len(self.unreadable)}"
-                report(what, self.unusable)
+                place, count = self.unreadable[other], len(self.unreadable)
+                report(f"{place} ({error}), {count:,} unreadable so far", self.unusable)
                 continue
             return [(index, Picture(image, self.pictures.captions[other]))]
         raise ValueError(f"{self.pictures.name} holds no picture that can be read")
@@ -135,7 +135,7 @@ def stack(rows: Sequence[Sequence[Mapping[str, np.ndarray]]], lengths: Mapping[s
     """The batch of the module docstring, of rows with one example or none.
 
     Args:
-        lengths: R of `pictures`, codes of `image_tokens` and T of `captions`, of those that there are.
+        lengths: R of `pictures`, codes of `image_tokens` and T of `captions`, where there are such.
     """
     batch = {}
     for name, length in lengths.items():

@@ -162,7 +162,10 @@ def picture_files(
         report(f"{where}, the first of them {missing[0]}", unusable, FileNotFoundError)
     names = sorted(by_name.keys() - set(missing))
     if not names:
-        raise ValueError(f"{folder} holds no pictures: expected {', '.join(sorted(SUFFIXES))}")
+        raise ValueError(
+            f"{captions or folder} holds no pictures: expected files in the folder that end in"
+            f" {', '.join(sorted(SUFFIXES))}, and captions of them"
+        )
     paths = [folder / name for name in names]
     texts = [by_name[name] for name in names]
     sizes = [path.stat().st_size for path in paths]

@@ -128,7 +128,7 @@ def test_which_caption_is_drawn(tokenizer):
     }
     assert set(draws["en"]) == {"one", "two", "three"} and set(draws["ko"]) == {"하나"}
     assert 100 < draws["both"].count("하나") < 200  # languages before captions
-    with pytest.raises(ValueError, match="has no Korean caption"):
+    with pytest.raises(ValueError, match="has no Korean captions"):
         CaptionEncoder(tokenizer, 9, "ko").draw({"en": ("one",)}, RNG(0))
 
 

@@ -143,7 +143,7 @@ def test_damaged_pictures_are_replaced_and_named_once(folder, capsys):
     kept = sorted(set(range(2, 20)) - {5, 6} | {7})
     assert seen == [sorted([*kept, 7, 7])] * 3
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "number 1" in said[0] and "number 2" in said[1]
+    assert len(said) == 2 and "1 unreadable" in said[0] and "2 unreadable" in said[1]
     assert {line.split()[2] for line in said} == {f"{folder}/train/0{i}.png" for i in (5, 6)}
     assert len(batches.rows.unreadable) == 2
     # Which one replaces it does not depend on what was read before.

@@ -215,6 +215,7 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
             "image": tfds.features.Image(encoding_format="png"),
             "image/id": tfds.features.Scalar(np.int64),
             "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
+            "objects": tfds.features.Sequence({"bbox": tfds.features.BBoxFeature()}),
         }
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
@@ -224,7 +225,8 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, first):
         for i in range(first, first + 30 if first == 0 else first + 5):
             captions = [{"text": f"picture {i}"}, {"text": f"그림 {i}"}]
-            yield i, {"image": png(i), "image/id": i, "captions": captions}
+            objects = [{"bbox": tfds.features.BBox(0.0, 0.0, 1.0, 0.5)}] * (i % 3)
+            yield i, {"image": png(i), "image/id": i, "captions": captions, "objects": objects}
 
 
 class OnlyTrain(Captioned):

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -37,6 +39,18 @@ def as_grey_16():
     return encoded(Image.fromarray(np.array([[0, 0x80FF, 0xFFFF]], np.uint16)))
 
 
+def as_rgb_16():
+    """Which Pillow reads and does not write."""
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    row = b"\0" + np.array([0xFF12, 0x0034, 0x8056], ">u2").tobytes()
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b"")]
+    framed = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
 def as_rgba():
     image = Image.new("RGBA", (3, 1))
     image.putdata([(*RED, 255), (*RED, 0), (*RED, 127)])
@@ -54,10 +68,11 @@ def as_rgba():
         (encoded(Image.new("RGB", (1, 1), RED), transparency=RED), [WHITE]),
         (as_rgba(), [RED, WHITE, (255, 128, 128)]),
         (as_grey_16(), [(0, 0, 0), (128, 128, 128), WHITE]),
+        (as_rgb_16(), [(255, 0, 128)]),
         (encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "TIFF"), [RED]),
         (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), 8 * [RED]),
     ],
-    ids="palette transparent grey bits grey-alpha key rgba grey-16 cmyk cmyk-jpeg".split(),
+    ids="palette transparent grey bits grey-alpha key rgba grey-16 rgb-16 cmyk cmyk-jpeg".split(),
 )
 def test_every_kind_of_picture_becomes_rgb_on_white(content, pixels):
     image = read_picture(content)
