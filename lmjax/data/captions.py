@@ -96,8 +96,8 @@ class CaptionEncoder:
         """
         if self.dropout and rng is not None:
             ids = bpe_dropout(self.tokenizer.words(text), self._merges, self.dropout, rng)
-            if len(ids) <= self.length:
-                return ids
+            if len(ids) <= self.length or self.truncate:
+                return ids[: self.length]
         [ids] = self.tokenizer.encode_batch([text])
         if len(ids) > self.length and not self.truncate:
             raise ValueError(
@@ -111,7 +111,8 @@ class CaptionEncoder:
         if self.truncate:
             return
         for text in texts_of(pictures, self.language):
-            if len(text.encode()) > self.length:  # a token is a byte at least
+            # A token is a byte at least; composing and lowering case hardly add any.
+            if 2 * len(text.encode()) > self.length:
                 self.encode(text)
 
     @functools.cached_property

@@ -10,6 +10,7 @@ A batch has, of these arrays, those that are asked for, and the last:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,15 +60,15 @@ class PictureRows:
         return len(self.pictures)
 
     def row(self, index: int) -> list[tuple[int, Picture]]:
-        for other in (*range(index, len(self)), *range(index)):
+        for other in itertools.chain(range(index, len(self)), range(index)):
             if other in self.unreadable:
                 continue
             try:
                 image = read_picture(self.pictures.file(other), self.size)
             except UnreadablePicture as error:
-                self.unreadable[other] = self.pictures.place(other)
-                place, count = self.unreadable[other], len(self.unreadable)
+                place, count = self.pictures.place(other), len(self.unreadable) + 1
                 report(f"{place} ({error}), {count:,} unreadable so far", self.unusable)
+                self.unreadable[other] = place
                 continue
             return [(index, Picture(image, self.pictures.captions[other]))]
         raise ValueError(f"{self.pictures.name} holds no picture that can be read")
