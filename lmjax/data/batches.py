@@ -25,7 +25,8 @@ from absl import flags
 from lmjax.data.token_store import TokenizedDocuments
 
 Batch = dict[str, np.ndarray]
-Objective = Callable[[np.ndarray, np.random.Generator], Mapping[str, np.ndarray]]
+Objective = Callable[[Any, np.random.Generator], Mapping[str, np.ndarray]]
+Collate = Callable[[Sequence[Sequence[Mapping[str, np.ndarray]]], Mapping[str, int]], Batch]
 
 
 class Batches(Protocol):
@@ -100,6 +101,7 @@ class IndexedBatches:
             until examples take longer to make than steps.
         process_index, process_count: which of how many hosts this is; each reads its own
             contiguous rows of the global batch.
+        collate: (rows of examples, lengths) -> batch; None is `assemble`.
 
     Raises:
         ValueError: the batch does not divide over the hosts, or a number is out of range.
@@ -115,6 +117,7 @@ class IndexedBatches:
     workers: int = 0
     process_index: int = 0
     process_count: int = 1
+    collate: Collate | None = None
 
     def __post_init__(self):
         host_rows(self.batch_size, self.process_index, self.process_count)
@@ -133,7 +136,7 @@ class IndexedBatches:
                 index = shuffled(place, len(self.rows), self.seed, epoch)
             stream = 0 if self.static else epoch
             examples.append(_noised(self.rows, index, self.objective, self.seed, stream))
-        return assemble(examples, self.lengths)
+        return (self.collate or assemble)(examples, self.lengths)
 
     def start(self, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Yields (this host's rows, position after them); a position is `{"step": n}`."""
@@ -172,6 +175,7 @@ def evaluation_batches(
     seed: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    collate: Collate | None = None,
 ) -> list[Batch]:
     """All rows once, in order, with the same noise each time; this host's part of each batch.
 
@@ -195,7 +199,7 @@ def evaluation_batches(
             _noised(rows, index, objective, seed, epoch=0) if index < len(rows) else []
             for index in indices
         ]
-        batches.append(assemble(examples, lengths))
+        batches.append((collate or assemble)(examples, lengths))
     return batches
 
 

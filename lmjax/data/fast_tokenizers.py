@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from lmjax.data import cache
+from lmjax.objectives.bpe_dropout import Merges
 
 WHOLE = "tokenizer.json"
 Kind = Literal["byte_bpe", "wordpiece"]
@@ -165,6 +166,33 @@ class FastTokenizer:
                 kept.append(id)
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
+    def merges(self) -> Merges:
+        """The table of byte-level BPE.
+
+        Raises:
+          ValueError: the tokenizer is of another kind.
+        """
+        settings = json.loads(self.model)
+        model, first = settings["model"], (settings["pre_tokenizer"] or {}).get("type")
+        if (model["type"], first) != ("BPE", "ByteLevel"):
+            raise ValueError(
+                f"the tokenizer is {model['type']} after {first}, which has no merges of bytes to"
+                " leave out: take one of byte-level BPE, or set data.dropout 0"
+            )
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        ids = model["vocab"]
+        return {
+            (ids[left], ids[right]): (rank, ids[left + right])
+            for rank, (left, right) in enumerate(pairs)
+        }
+
+    def words(self, text: str) -> list[list[int]]:
+        """What byte-level BPE merges in a text that is taken literally: words, byte by byte."""
+        normalizer = self._tokenizer.normalizer
+        text = normalizer.normalize_str(text) if normalizer else text
+        words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        return [[self._tokenizer.token_to_id(byte) for byte in word] for word, _ in words]
+
     def starts_word(self) -> np.ndarray:
         """bool [vocab_size]: whether a token begins a word, rather than continue one."""
         tokens = [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
@@ -178,8 +206,13 @@ class FastTokenizer:
         return next((id for id in ids if id is not None), None)
 
 
-def train(kind: Kind, texts: Iterable[str], vocab_size: int) -> FastTokenizer:
+def train(
+    kind: Kind, texts: Iterable[str], vocab_size: int, lower_case: bool = False
+) -> FastTokenizer:
     """A tokenizer of at most `vocab_size` ids. The same texts give the same one.
+
+    Args:
+      lower_case: for byte-level BPE, which else takes text as it is; WordPiece always lowers case.
 
     Raises:
       ValueError: the vocabulary is too small for the alphabet.
@@ -195,6 +228,9 @@ def train(kind: Kind, texts: Iterable[str], vocab_size: int) -> FastTokenizer:
     else:
         model = tokenizers.Tokenizer(models.BPE())
         _be_byte_level(model)
+        if lower_case:
+            # Composed, because Hangul may come letter by letter, as from file names.
+            model.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,

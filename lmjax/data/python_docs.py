@@ -11,9 +11,7 @@ that it was installed with.
 import ast
 import contextlib
 import gc
-import hashlib
 import importlib.metadata
-import io
 import logging
 import platform
 import sysconfig
@@ -25,8 +23,8 @@ import tensorflow_datasets as tfds
 from rich.console import Console
 from rich.progress import track
 
-from lmjax.data import cache
-from lmjax.data.sources import TFDS, document_hash, quiet_tfds
+from lmjax.data.built_in import prepared
+from lmjax.data.sources import TFDS, document_hash
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +58,7 @@ def python_docs(packages: tuple[str, ...] = PACKAGES) -> TFDS:
       ValueError: none of the packages has a documentation to read.
     """
     versions = {name: _version(name) for name in packages}
-    version = str(PythonDocs.VERSION)
-    key = hashlib.sha256(repr((version, sorted(versions.items()))).encode()).hexdigest()
-    directory = cache.cache_dir() / "python_docs" / key[:16]
-    with cache.lock(directory):
-        if not directory.exists():
-            with cache.atomic_directory(directory) as temporary:
-                _prepare(PythonDocs(packages, data_dir=temporary, file_format="array_record"))
-    source = TFDS(str(directory / "python_docs" / version))
+    source = TFDS(str(prepared(PythonDocs, versions, packages=packages)))
     for split in ("train", "validation"):
         logger.info(
             "python_docs %s: %s documents, sha256 %s",
@@ -182,14 +173,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _prepare(builder: PythonDocs) -> None:
-    """Without TFDS's bars within bars and announcements, for so small a set."""
-    offline = tfds.download.DownloadConfig(try_download_gcs=False)
-    tfds.display_progress_bar(False)
-    try:
-        with quiet_tfds(), contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_config=offline)
-    finally:
-        tfds.display_progress_bar(True)

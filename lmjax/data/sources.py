@@ -143,7 +143,7 @@ class TextFiles:
             value = getattr(self, field) or ()
             value = (value,) if isinstance(value, str) else tuple(value)
             object.__setattr__(self, field, value)
-        _check_fraction(self.validation_fraction)
+        check_fraction(self.validation_fraction)
 
     @property
     def name(self) -> str:
@@ -169,12 +169,12 @@ class TextFiles:
         return train
 
     def fingerprint(self, split: str) -> str:
-        return _digest(
+        return digest(
             "TextFiles 1",
             BLOCK_CHARACTERS,
             # Which files are JSON lines shows in their names only.
             [_is_json(path) and self.text_key for path in self.files(split)],
-            _content_hash(_stamps(self.files(split))),
+            content_hash(self.files(split)),
             self.validation or (split, self.validation_fraction),
         )
 
@@ -245,7 +245,7 @@ class TFDS:
     validation_fraction: float = 0.05
 
     def __post_init__(self):
-        _check_fraction(self.validation_fraction)
+        check_fraction(self.validation_fraction)
 
     @property
     def name(self) -> str:
@@ -259,7 +259,7 @@ class TFDS:
           FileNotFoundError: the data set isn't prepared here (and `download` is off).
           ValueError: it has no "train" split or no such text feature, or can't be downloaded.
         """
-        builder = _open_tfds(self.dataset, self.data_dir, self.download)
+        builder = open_tfds(self.dataset, self.data_dir, self.download)
         if "train" not in builder.info.splits:
             raise ValueError(
                 f"{self.dataset} has no train split, only {sorted(builder.info.splits)}"
@@ -283,7 +283,7 @@ class TFDS:
     def fingerprint(self, split: str) -> str:
         held_out = self._held_out(split) and (split, self.validation_fraction)
         paths = self._split_info(split).filepaths
-        return _digest("TFDS 1", self.text_key, held_out, _content_hash(_stamps(paths)))
+        return digest("TFDS 1", self.text_key, held_out, content_hash(paths))
 
     def num_documents(self, split: str) -> int | None:
         return None if self._held_out(split) else self._split_info(split).num_examples
@@ -320,7 +320,7 @@ class TFDS:
             # Whole files to a shard where there are enough of them, as for text files.
             by_file = shards <= len(info.filepaths)
             paths = info.filepaths[shard::shards] if by_file else info.filepaths
-            records = (record for path in paths for record in _tfrecords(Path(path)))
+            records = (record for path in paths for record in tfrecords(Path(path)))
             if not by_file:
                 records = itertools.islice(records, shard, None, shards)
             examples = map(features.deserialize_example_np, records)
@@ -337,7 +337,13 @@ class TFDS:
                 yield text
 
 
-def _open_tfds(dataset: str, data_dir: str | None, download: bool):
+def open_tfds(dataset: str, data_dir: str | None, download: bool):
+    """The opened `tfds.core.DatasetBuilder` of a name or a prepared directory.
+
+    Raises:
+      FileNotFoundError: the data set isn't prepared here (and `download` is off).
+      ValueError: it is remote, or can't be downloaded and prepared.
+    """
     import tensorflow_datasets as tfds  # half a second: only who reads TFDS pays it
 
     if "://" in dataset:
@@ -388,7 +394,7 @@ def _in_chunks(examples, shard: int, shards: int) -> Iterator[dict]:
         yield from examples.__getitems__(range(begin, min(begin + 256, stop)))
 
 
-def _tfrecords(path: Path) -> Iterator[bytes]:
+def tfrecords(path: Path) -> Iterator[bytes]:
     """The records of a TFRecord file, each between a uint64 length and two uint32 checksums."""
     with open(path, "rb") as file:
         while header := file.read(12):
@@ -534,13 +540,20 @@ def _check_split(split: str, splits: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} has no split {split!r}, only {list(splits)}")
 
 
-def _check_fraction(fraction: float) -> None:
+def check_fraction(fraction: float) -> None:
+    """Raises ValueError for a share of validation that leaves nothing on one side."""
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction is {fraction}, not between 0 and 1")
 
 
-def _digest(*parts) -> str:
+def digest(*parts) -> str:
+    """A hash of what JSON can say."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def content_hash(paths) -> str:
+    """A hash of the files' contents in order, whatever their names; of huge ones, of samples."""
+    return _content_hash(_stamps(paths))
 
 
 def _stamps(paths) -> tuple[tuple[str, int, int], ...]:
@@ -557,7 +570,7 @@ def _content_hash(stamps: tuple[tuple[str, int, int], ...]) -> str:
     for path, size, _ in stamps:
         with open(path, "rb") as file:
             hashes.append((size, _whole(file) if whole else _sampled(file, size)))
-    return _digest(hashes)
+    return digest(hashes)
 
 
 def _whole(file) -> str:
@@ -565,8 +578,8 @@ def _whole(file) -> str:
 
 
 def _sampled(file, size: int, samples: int = 64, length: int = 1 << 16) -> str:
-    digest = hashlib.sha256()
+    sampled = hashlib.sha256()
     for i in range(samples):
         file.seek(max(0, size - length) * i // (samples - 1))
-        digest.update(file.read(length))
-    return digest.hexdigest()
+        sampled.update(file.read(length))
+    return sampled.hexdigest()

@@ -19,7 +19,13 @@ from lmjax.data.token_store import (
     first_documents,
     store_directory,
 )
-from lmjax.data.tokenizers import Subwords, Tokenizer, cached_tokenizer, load_tokenizer
+from lmjax.data.tokenizers import (
+    Subwords,
+    Tokenizer,
+    cached_tokenizer,
+    check_rows,
+    named_tokenizer,
+)
 from lmjax.objectives.objective import Objective
 
 
@@ -109,11 +115,7 @@ def read_text(
         )
     source = open_source(data)
     tokenizer = choose_tokenizer(data, source, tokenizer)
-    if rows is not None and tokenizer.vocab_size > rows:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size:,} ids and the model's embedding {rows:,}"
-            " rows: set --model.vocab to that many or more, or a smaller --data.vocab-size"
-        )
+    check_rows(tokenizer, rows)
     corpus = corpus_of(tokenizer, objective)
     common = {
         "objective": objective.bind(tokenizer),
@@ -186,14 +188,7 @@ def choose_tokenizer(
             subwords=data.subwords,
             character_coverage=data.character_coverage,
         )
-    if given is None:
-        return load_tokenizer(data.tokenizer)
-    if load_tokenizer(data.tokenizer, given.extra_ids).sha256 != given.sha256:
-        raise ValueError(
-            f"data.tokenizer {data.tokenizer} is not the tokenizer that the checkpoint was trained"
-            " with: drop it to use the checkpoint's own"
-        )
-    return given
+    return named_tokenizer(data.tokenizer, given)
 
 
 def corpus_of(tokenizer: Tokenizer, objective: Objective) -> Tokenizer | Ended | Sentences:

@@ -310,6 +310,33 @@ def load_tokenizer(path: str | os.PathLike, extra_ids: int = 100) -> Tokenizer:
     return SentencePieceTokenizer.load(path, extra_ids)
 
 
+def named_tokenizer(path: str | os.PathLike, given: Tokenizer | None = None) -> Tokenizer:
+    """The tokenizer that the settings name by `path`, which must be the checkpoint's, if one is
+    `given` with it.
+
+    Raises:
+      ValueError: it is another one, or cannot be read.
+    """
+    if given is None:
+        return load_tokenizer(path)
+    named = load_tokenizer(path, given.extra_ids)
+    if named.sha256 != given.sha256:
+        raise ValueError(
+            f"data.tokenizer {path} is not the tokenizer that the checkpoint was trained with: drop"
+            " it to use the checkpoint's own"
+        )
+    return named
+
+
+def check_rows(tokenizer: Tokenizer, rows: int | None) -> None:
+    """Raises ValueError if a model's embedding has fewer `rows` than there are ids."""
+    if rows is not None and tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids and the model's embedding {rows:,}"
+            " rows: set --model.vocab to that many or more, or a smaller --data.vocab-size"
+        )
+
+
 def _is_json(path: Path) -> bool:
     """A run keeps its tokenizer under one name, whatever it is."""
     if not path.is_file():
@@ -327,6 +354,7 @@ def cached_tokenizer(
     character_coverage: float | None = None,
     max_characters: int = 8_000_000,
     extra_ids: int = 100,
+    lower_case: bool = False,
 ) -> Tokenizer:
     """A tokenizer trained on a source, once, and kept in the cache.
 
@@ -335,8 +363,10 @@ def cached_tokenizer(
     Args:
       subwords: unigram or xlnet_unigram, by SentencePiece (see `train_tokenizer`, whose settings
         are those below), or one of `fast_tokenizers`.
+      lower_case: for byte-level BPE.
     """
-    settings = [f"{subwords} 2", source.fingerprint(split), vocab_size, character_coverage]
+    kind = f"{subwords} of lower case" if lower_case else subwords
+    settings = [f"{kind} 2", source.fingerprint(split), vocab_size, character_coverage]
     key = json.dumps([*settings, max_characters])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     path = cache.cache_dir() / "tokenizers" / f"{name}.model"
@@ -354,7 +384,7 @@ def cached_tokenizer(
                     ).save(path)
                 else:
                     sample = _sample(source.documents(split), max_characters)
-                    fast_tokenizers.train(subwords, sample, vocab_size).save(path)
+                    fast_tokenizers.train(subwords, sample, vocab_size, lower_case).save(path)
     return load_tokenizer(path, extra_ids)
 
 

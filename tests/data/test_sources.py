@@ -2,7 +2,6 @@ import gzip
 import json
 import os
 import pathlib
-import struct
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import tensorflow_datasets as tfds
 
 from lmjax.data import sources
 from lmjax.data.sources import TFDS, TextData, TextFiles, open_source
+from tests.data.tfrecords import as_tfrecord
 
 ENGLISH = [f"Paragraph {i} is about\nthe number {i}." for i in range(40)]
 KOREAN = [f"{i}번째 문단은 숫자 {i}에 대한 글이다." for i in range(40)]
@@ -198,23 +198,6 @@ def prepared(tmp_path_factory):
         download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )
     return data_dir
-
-
-def as_tfrecord(directory):
-    """Rewrites a prepared ArrayRecord set, which TFDS itself can't do without TensorFlow."""
-    builder = tfds.builder_from_directory(str(directory))
-    records = builder.as_data_source("train").data_source
-    [path] = directory.glob("*.array_record*")
-    framed = [
-        struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0)
-        for record in records.__getitems__(range(len(records)))
-    ]
-    tfrecord = path.with_name(path.name.replace("array_record", "tfrecord"))
-    tfrecord.write_bytes(b"".join(framed))
-    path.unlink()
-    info = directory / "dataset_info.json"
-    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    return tfrecord
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])

@@ -1,0 +1,122 @@
+"""Pictures as the codes of a discrete VAE, made once: a directory of memory-mapped arrays.
+
+    codes.npy      uint16 [pictures, codes]: row i belongs to picture i, and its captions
+    readable.npy   bool [pictures]: False where the file could not be read
+    meta.json      of which pictures and which model they are
+
+The transformer that learns to continue captions with pictures then needs neither files nor model.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from lmjax.data import cache
+from lmjax.data.pictures import Pictures, Unusable, report
+from lmjax.data.pixels import UnreadablePicture, middle_crop, read_picture
+
+Encode = Callable[[np.ndarray], np.ndarray]
+"""uint8 [B, R, R, 3] -> integers [B, codes]"""
+
+
+class CodeStore:
+    """An opened store. Pickles as its path, so worker processes map the same file.
+
+    Attributes:
+        directory: where it is.
+        codes: uint16 `[pictures, codes]`, memory-mapped.
+        readable: bool `[pictures]`.
+
+    Raises:
+        ValueError: there is no store in `directory`, or it is damaged.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        try:
+            self.meta: dict = json.loads((self.directory / "meta.json").read_text())
+            # Plain arrays: rows of `np.memmap` objects cost several times as much.
+            self.codes = np.load(self.directory / "codes.npy", mmap_mode="r").view(np.ndarray)
+            self.readable = np.load(self.directory / "readable.npy")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no store of codes in {self.directory}: {error}") from error
+
+    def __reduce__(self):
+        return CodeStore, (self.directory,)
+
+
+def code_directory(pictures: Pictures, model_sha256: str, size: int) -> Path:
+    """Where the cache keeps the codes that a model makes of the pictures, `size` pixels a side."""
+    name = hashlib.sha256(f"{pictures.fingerprint} {model_sha256} {size}".encode()).hexdigest()
+    return cache.cache_dir() / "picture_codes" / name[:24]
+
+
+def build_code_store(
+    pictures: Pictures,
+    encode: Encode,
+    model_sha256: str,
+    size: int,
+    *,
+    batch_size: int = 32,
+    unusable: Unusable = "skip",
+) -> CodeStore:
+    """Open the pictures' store in the cache, or fill it with the codes of their middle squares.
+
+    Args:
+        encode: the model; called with batches of one shape, and only if there is something to do.
+        model_sha256: of its parameters.
+        size: pixels a side.
+        batch_size: pictures at once.
+        unusable: what to do about files that cannot be read.
+
+    Raises:
+        ValueError: a file cannot be read, and those are refused, or none can be; or a code has
+            more than 16 bits.
+    """
+    directory = code_directory(pictures, model_sha256, size)
+    with cache.lock(directory):
+        if not directory.exists():
+            with cache.atomic_directory(directory) as temporary:
+                _write(pictures, encode, size, batch_size, unusable, temporary)
+                meta = {"pictures": pictures.fingerprint, "model": model_sha256, "size": size}
+                (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
+        return CodeStore(directory)
+
+
+def _write(
+    pictures: Pictures,
+    encode: Encode,
+    size: int,
+    batch_size: int,
+    unusable: Unusable,
+    directory: Path,
+) -> None:
+    readable = np.ones(len(pictures), bool)
+    codes = None
+    starts = range(0, len(pictures), batch_size)
+    for start in track(starts, "encoding pictures", transient=True):
+        stop = min(start + batch_size, len(pictures))
+        batch = np.zeros((batch_size, size, size, 3), np.uint8)
+        for index in range(start, stop):
+            try:
+                image = read_picture(pictures.file(index), size)
+                batch[index - start] = middle_crop(image, size)
+            except UnreadablePicture as error:
+                readable[index] = False
+                report(f"{pictures.place(index)} ({error})", unusable)
+        encoded = np.asarray(encode(batch))
+        if encoded.max() >= 2**16:
+            raise ValueError(f"a code is {encoded.max():,}: a store holds those below {2**16:,}")
+        if codes is None:
+            shape = (len(pictures), encoded.shape[1])
+            codes = np.lib.format.open_memmap(directory / "codes.npy", "w+", np.uint16, shape)
+        codes[start:stop] = encoded[: stop - start]
+    if not readable.any():
+        raise ValueError(f"{pictures.name} holds no picture that can be read")
+    codes.flush()
+    np.save(directory / "readable.npy", readable)
