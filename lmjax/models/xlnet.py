@@ -448,18 +448,19 @@ def start_decoding(
 ) -> DecodingState:
     """Room for `length` tokens of each of `rows` texts, after the `memory` of what went before."""
     c, dtype = model.config, model.execution.dtype
-    if memory is None:
-        memory = no_memory(dataclasses.replace(c, memory=0), rows)
-    room = jnp.zeros((rows, c.heads, memory.shape[2] + length, c.head_width), dtype)
-    nothing, layers, distances = jnp.zeros(rows, jnp.int32), [], []
-    encodings = sinusoids(jnp.arange(room.shape[2], -1, -1), c.width)[None].astype(dtype)
+    before = 0 if memory is None else memory.shape[2]
+    room = jnp.zeros((rows, c.heads, before + length, c.head_width), dtype)
+    read, layers, distances = jnp.zeros(rows, jnp.int32), [], []
+    encodings = sinusoids(jnp.arange(before + length, -1, -1), c.width)[None].astype(dtype)
     attention = Attention(c, model.execution)
-    for own, states in zip(unstacked(params["layers"], c.layers), memory, strict=True):
+    for i, own in enumerate(unstacked(params["layers"], c.layers)):
         bound = attention.bind({"params": own["attention"]})
-        kept = bound.read(states.astype(dtype)).swapped()
-        layers.append(KeyValue(room, room).extended(kept, nothing))
+        past = KeyValue(room, room)
+        if before:
+            past = past.extended(bound.read(memory[i].astype(dtype)).swapped(), read)
+        layers.append(past)
         distances.append(bound.read_distances(encodings))
-    return DecodingState(tuple(layers), tuple(distances), nothing + memory.shape[2])
+    return DecodingState(tuple(layers), tuple(distances), read + before)
 
 
 def extend(

@@ -8,10 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from transformers import XLNetTokenizer
 
 from lmjax.data import cache
 from lmjax.data import tokenizers as module
-from lmjax.data.tokenizers import SentencePieceTokenizer, cached_tokenizer, train_tokenizer
+from lmjax.data.tokenizers import (
+    XLNET_LAYOUT,
+    SentencePieceTokenizer,
+    cached_tokenizer,
+    train_tokenizer,
+)
 
 WORDS = (
     "the quick brown fox jumps over lazy dog array returned sorted values unable shape key "
@@ -83,6 +89,46 @@ def test_text_with_sentinels_survives_there_and_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
     assert tokenizer.decode(ids) == text.replace("1><", "1> <")
+
+
+def test_xlnets_layout(tmp_path):
+    """Its ids, and those of transformers' tokenizer of the same files."""
+    pieces = train_tokenizer(texts(), 140, layout=XLNET_LAYOUT)
+    special = [pieces.unk_id, pieces.cls_id, pieces.sep_id, pieces.pad_id, pieces.mask_id]
+    assert [*special, pieces.eos_id] == [0, 3, 4, 5, 6, 7]
+    assert pieces.vocab_size == 140 and len(pieces.sentinels) == 0
+    for name, content in pieces.files().items():
+        (tmp_path / name).write_bytes(content)
+    assert SentencePieceTokenizer.find(tmp_path).sha256 == pieces.sha256
+    theirs = XLNetTokenizer.from_pretrained(tmp_path)
+    assert theirs.sep_token_id == 4 and theirs.mask_token_id == 6 and theirs.padding_side == "left"
+    for text in ("the lazy fox, unable.", "나는 학교에 갑니다", "<mask> and <cls>"):
+        ids = pieces.encode_batch([text])[0].tolist()
+        if "<" not in text:
+            assert theirs.encode(text, add_special_tokens=False) == ids
+        assert not set(ids) & {3, 6}
+    starts = pieces.starts_word()
+    words = pieces.encode_batch(["the quick 학교에"])[0]
+    assert starts[words].sum() == 3 and starts[[3, 4, 7]].all()
+
+
+def test_a_tokenizer_of_xlnets_kind_is_kept_and_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("LMJAX_CACHE", str(tmp_path))
+
+    class Texts:
+        name = "texts"
+
+        def fingerprint(self, split):
+            return "texts"
+
+        def documents(self, split):
+            return iter(texts())
+
+    first = cached_tokenizer(Texts(), 140, subwords="xlnet_unigram")
+    assert first.cls_id == 3
+    assert cached_tokenizer(Texts(), 140, subwords="xlnet_unigram").sha256 == first.sha256
+    assert cached_tokenizer(Texts(), 140).cls_id is None
+    assert pickle.loads(pickle.dumps(first)).sha256 == first.sha256
 
 
 def test_only_white_space_starts_a_word_after_a_sentinel(tokenizer):

@@ -7,8 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax.decoding.beam_search import Beam
+from lmjax.decoding.generate import generate
 from lmjax.models.layers import unboxed, unstacked
-from lmjax.models.xlnet import Layer, XLNet, XLNetConfig, no_memory, relative_shift, sinusoids
+from lmjax.models.xlnet import (
+    Layer,
+    XLNet,
+    XLNetConfig,
+    extend,
+    no_memory,
+    relative_shift,
+    sinusoids,
+    start_decoding,
+)
 
 SMALL = XLNetConfig(vocab=31, layers=3, width=16, heads=2, feed_forward=24, memory=5)
 
@@ -89,3 +100,71 @@ def test_training_flops_count_the_products():
     scores = rows * d * (2 * keys + keys + 16)
     per_row = kernels + scores + 4 * d * 31
     assert config.training_flops(2, 16, 4) == 6 * (2 * per_row + (keys + 16) * d**2)
+
+
+# --- decoding
+
+
+def in_the_order_of_the_text(model, params, tokens, memory=None):
+    """Logits of each token's successor by one full pass: the query at place i + 1 reads up to i."""
+    padded = jnp.pad(tokens, ((0, 0), (0, 1)))  # what stands last is read by nobody
+    order = jnp.broadcast_to(jnp.arange(padded.shape[1]), padded.shape)
+    logits, _ = model.apply({"params": params}, padded, memory, order=order, places=order[:, 1:])
+    return logits
+
+
+@pytest.mark.parametrize("remembered", [0, 5])
+def test_cached_decoding_is_a_full_pass(remembered):
+    model = XLNet(SMALL)
+    tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, 31)
+    params, _ = unboxed(model.init(jax.random.key(0), tokens)["params"])
+    params = jax.tree.map(lambda x: 8 * x, params)
+    memory = None
+    if remembered:
+        memory = jax.random.normal(jax.random.key(2), no_memory(SMALL, 3).shape)
+    expected = in_the_order_of_the_text(model, params, tokens, memory)
+    state, found = start_decoding(model, params, 3, 12, memory), []
+    for part in jnp.split(tokens, [4, 5, 6], axis=1):
+        logits, state = extend(model, params, part, state)
+        found.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=2e-5)
+    assert state.length.tolist() == [remembered + 9] * 3
+    assert jnp.abs(expected).max() > 1
+
+
+def test_gradients_flow_through_the_state():
+    model = XLNet(SMALL)
+    tokens = jnp.arange(6)[None]
+    params, _ = unboxed(model.init(jax.random.key(0), tokens)["params"])
+    _, state = extend(model, params, tokens, start_decoding(model, params, 1, 8))
+
+    def loss(layers):
+        return extend(model, params, tokens[:, :1], state._replace(layers=layers))[0].max()
+
+    gradients = jax.grad(loss)(state.layers)
+    assert all(jnp.abs(g[:, :, :6]).max() > 0 for g in jax.tree.leaves(gradients))
+    assert all((g[:, :, 6:] == 0).all() for g in jax.tree.leaves(gradients))
+
+
+def test_texts_of_several_lengths_are_continued():
+    """Greedily, and by two beams: each as a full pass over its own text would have it."""
+    model, lengths = XLNet(SMALL), [6, 3]
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 31)
+    params, _ = unboxed(model.init(jax.random.key(0), tokens)["params"])
+    params = jax.tree.map(lambda x: 8 * x, params)
+    full = jax.jit(lambda tokens: in_the_order_of_the_text(model, params, tokens))
+    found = generate(model, params, tokens, lengths=jnp.array(lengths), max_length=4, eos=None)
+    for row, length in enumerate(lengths):
+        text = tokens[row, :length].tolist()
+        for _ in range(4):
+            padded = jnp.array([text + [0] * (10 - len(text))])
+            text.append(int(full(padded)[0, len(text) - 1].argmax()))
+        assert found.tokens[row].tolist() == text[length:]
+
+    beams = generate(model, params, tokens, max_length=2, strategy=Beam(31, alpha=0), eos=None)
+    for row in range(2):
+        first = jax.nn.log_softmax(full(tokens[row : row + 1])[0, -1])
+        longer = jnp.concatenate([jnp.tile(tokens[row], (31, 1)), jnp.arange(31)[:, None]], 1)
+        both = first[:, None] + jax.nn.log_softmax(full(longer)[:, -1])
+        best = jnp.unravel_index(both.argmax(), both.shape)
+        assert beams.tokens[row, 0].tolist() == [int(i) for i in best]
