@@ -142,15 +142,14 @@ def sources(config: BartConfig) -> Table:
         for ours, theirs in kernels.items():
             table[f"{half}_layers/{ours}"] = Source(f"{layer}.{theirs}.weight", transposed=True)
             table[f"{half}_layers/{ours}_bias"] = Source(f"{layer}.{theirs}.bias")
-    heads = {
-        "lm": {},
-        "text_classifier": {
-            "pooler": "classification_head.dense",
-            "classifier": "classification_head.out_proj",
-        },
-        "span": {"classifier": "qa_outputs"},
-    }
-    for ours, theirs in heads[config.kind].items():
+    dense = {}
+    match config.kind:
+        case "text_classifier":
+            head = "classification_head"
+            dense = {"pooler": f"{head}.dense", "classifier": f"{head}.out_proj"}
+        case "span":
+            dense = {"classifier": "qa_outputs"}
+    for ours, theirs in dense.items():
         table[f"{ours}/dense"] = Source(f"{theirs}.weight", transposed=True)
         table[f"{ours}/dense_bias"] = Source(f"{theirs}.bias")
     return table

@@ -107,8 +107,8 @@ def head(
       architectures: what a config.json may name -> kind; of others nothing is known.
       kind, labels: where it says nothing.
     """
-    named = [architectures[a] for a in content.get("architectures", ()) if a in architectures]
-    return {"kind": [*named, kind][0], "labels": len(content.get("id2label", range(labels)))}
+    named = (architectures[a] for a in content.get("architectures", ()) if a in architectures)
+    return {"kind": next(named, kind), "labels": len(content.get("id2label", range(labels)))}
 
 
 def label_names(count: int) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Reference files: transformers configuration_xlnet.py, modeling_xlnet.py.
 Departures: settings that no published XLNet has (biases shared by the layers, clamped distances,
 memories of the same length for every token) are refused by name. A config.json without a length of
 memory means one without limit there, and none here. `bi_data` there makes the second half of a
-batch backward; here each row is told (`backward`).
+batch backward; here each row is told (`backward`). Spans are XLNetForQuestionAnsweringSimple's; the
+head that searches answers with a beam (XLNetForQuestionAnswering) is not to be had.
 """
 
 import os
@@ -142,17 +143,17 @@ def sources(config: XLNetConfig) -> Table:
     for ours, theirs in {"attention": "rel_attn", "feed_forward": "ff"}.items():
         table[f"layers/{ours}_norm/scale"] = Source(f"{layer}.{theirs}.layer_norm.weight")
         table[f"layers/{ours}_norm/bias"] = Source(f"{layer}.{theirs}.layer_norm.bias")
-    heads = {}
+    dense = {}
     match config.kind:
         case "lm":
             table["output_bias"] = Source("lm_loss.bias")
         case "text_classifier":
-            heads = {"pooler": "sequence_summary.summary", "classifier": "logits_proj"}
+            dense = {"pooler": "sequence_summary.summary", "classifier": "logits_proj"}
         case "token_classifier":
-            heads = {"classifier": "classifier"}
+            dense = {"classifier": "classifier"}
         case "span":
-            heads = {"classifier": "qa_outputs"}
-    for ours, theirs in heads.items():
+            dense = {"classifier": "qa_outputs"}
+    for ours, theirs in dense.items():
         table[f"{ours}/dense"] = Source(f"{theirs}.weight", transposed=True)
         table[f"{ours}/dense_bias"] = Source(f"{theirs}.bias")
     return table

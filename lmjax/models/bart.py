@@ -76,7 +76,7 @@ class BartConfig:
     """What is on top: guesses of the next token or, to be fine-tuned, classes of texts (by their
     last </s>), or the first and the last token of an answer."""
     labels: int = 3
-    """Classes that a classifier tells apart."""
+    """Classes that a classifier tells apart; three, unless told, in transformers' BART."""
     dropout: float = 0.1
     """After the embeddings and after sublayers."""
     attention_dropout: float = 0.1
@@ -84,7 +84,7 @@ class BartConfig:
     activation_dropout: float = 0.0
     """Within feed-forward layers."""
     classifier_dropout: float = 0.0
-    """Before each product of a classifier."""
+    """Before both products of a classifier."""
     norm_epsilon: float = 1e-5
 
     def __post_init__(self):

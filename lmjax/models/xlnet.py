@@ -16,7 +16,8 @@ embedding, with a bias.
 Departures: dropout on the sinusoids is the same for all rows of a batch. Of the segment term only
 the difference between "another segment" and "the same" is computed, as softmax ignores what all
 keys have in common. `order` stands for the reference's `perm_mask`, and `places` for its
-`target_mapping`; masks in which what a token sees follows from no order are not to be had.
+`target_mapping`; masks in which what a token sees follows from no order are not to be had. A text
+is classified by its last token even if padding follows; the reference reads the row's last place.
 """
 
 import dataclasses

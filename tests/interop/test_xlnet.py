@@ -229,7 +229,7 @@ def test_published_sizes(preset, parameters):
         ),
     ],
 )
-def test_what_cannot_be_loaded(directory, tmp_path, change, message):
+def test_what_cannot_be_loaded(pair, directory, tmp_path, change, message):
     (tmp_path / "model.safetensors").symlink_to(directory / "model.safetensors")
     write_json(tmp_path / "config.json", {**read_json(directory / "config.json"), **change})
     with pytest.raises(ValueError, match=message):
