@@ -61,6 +61,10 @@ class BartPretrain(TextRun):
                 f" {self.model.positions} positions: choose a smaller length or more"
                 " --model.positions"
             )
+        if self.model.kind != "lm":
+            raise ValueError(
+                f"--model.kind is {self.model.kind}: BART learns to restore texts, choose lm"
+            )
         if self.data.tokenizer is None and self.data.subwords != "byte_bpe":
             raise ValueError(
                 f"--data.subwords is {self.data.subwords}, but BART trains byte_bpe: choose that,"

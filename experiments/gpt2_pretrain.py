@@ -60,6 +60,10 @@ class GPT2Pretrain(TextRun):
                 f" {self.model.positions} positions: choose a smaller length or more"
                 " --model.positions"
             )
+        if self.model.kind != "lm":
+            raise ValueError(
+                f"--model.kind is {self.model.kind}: GPT-2 learns to go on with texts, choose lm"
+            )
 
     def task(self, devices: Sequence[jax.Device] | None = None) -> Causal:
         return Causal(GPT2(self.model, self.execution.resolve(devices)), self.z_loss)

@@ -58,6 +58,10 @@ class XLNetPretrain(TextRun):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.model.kind != "lm":
+            raise ValueError(
+                f"--model.kind is {self.model.kind}: XLNet learns to guess words, choose lm"
+            )
         if self.model.reuse != self.objective.reuse:
             raise ValueError(
                 f"--model.reuse is {self.model.reuse} and --objective.reuse {self.objective.reuse},"

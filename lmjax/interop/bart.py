@@ -33,6 +33,7 @@ FIELDS = {
     "dropout": "dropout",
     "attention_dropout": "attention_dropout",
     "activation_dropout": "activation_dropout",
+    "classifier_dropout": "classifier_dropout",
 }
 ABSENT = {
     "encoder_layers": 12,
@@ -52,6 +53,11 @@ FIXED = {
     "static_position_embeddings": False,
 }
 """What a config.json may say only so, or leave out."""
+ARCHITECTURES = {
+    "BartForConditionalGeneration": "lm",
+    "BartForSequenceClassification": "text_classifier",
+    "BartForQuestionAnswering": "span",
+}
 EQUAL = {
     "decoder_attention_heads": "encoder_attention_heads",
     "decoder_ffn_dim": "encoder_ffn_dim",
@@ -83,6 +89,13 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> BartConfi
             )
     default = BartConfig()
     fields = {ours: content.get(theirs, getattr(default, ours)) for ours, theirs in FIELDS.items()}
+    fields |= mapping.head(content, ARCHITECTURES, "lm", default.labels)
+    end = content.get("eos_token_id", fields["start"])
+    if fields["kind"] == "text_classifier" and end != fields["start"]:
+        raise ValueError(
+            f"{source}: eos_token_id is {end} and decoder_start_token_id {fields['start']}, but"
+            " BART's classifier here has one id for both"
+        )
     try:
         return BartConfig(**fields)
     except (TypeError, ValueError) as error:
@@ -92,13 +105,14 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> BartConfi
 def config_to_json(config: BartConfig, tokenizer: FastTokenizer | None = None) -> dict[str, Any]:
     fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     both = {decoder: fields[encoder] for decoder, encoder in EQUAL.items()}
-    ends = {}
+    ends = {"eos_token_id": config.start} if config.kind == "text_classifier" else {}
     if tokenizer is not None:
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     return {
-        "architectures": ["BartForConditionalGeneration"],
+        "architectures": [name for name, kind in ARCHITECTURES.items() if kind == config.kind],
         "model_type": "bart",
         **fields,
+        **mapping.label_names(config.labels),
         **both,
         **FIXED,
         **ends,
@@ -107,7 +121,7 @@ def config_to_json(config: BartConfig, tokenizer: FastTokenizer | None = None) -
     }
 
 
-def sources() -> Table:
+def sources(config: BartConfig) -> Table:
     """The key of every parameter."""
     table = {"embedding": Source("model.shared.weight")}
     attention = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
@@ -128,6 +142,16 @@ def sources() -> Table:
         for ours, theirs in kernels.items():
             table[f"{half}_layers/{ours}"] = Source(f"{layer}.{theirs}.weight", transposed=True)
             table[f"{half}_layers/{ours}_bias"] = Source(f"{layer}.{theirs}.bias")
+    dense = {}
+    match config.kind:
+        case "text_classifier":
+            head = "classification_head"
+            dense = {"pooler": f"{head}.dense", "classifier": f"{head}.out_proj"}
+        case "span":
+            dense = {"classifier": "qa_outputs"}
+    for ours, theirs in dense.items():
+        table[f"{ours}/dense"] = Source(f"{theirs}.weight", transposed=True)
+        table[f"{ours}/dense_bias"] = Source(f"{theirs}.bias")
     return table
 
 
@@ -149,7 +173,7 @@ def import_params(config: BartConfig, tensors: Tensors):
         logits have a bias.
     """
     params = mapping.import_params(
-        sources(), parameter_shapes(config), tensors, ignored={*COPIES, BIAS}, system="BART"
+        sources(config), parameter_shapes(config), tensors, ignored={*COPIES, BIAS}, system="BART"
     )
     why = "BART has one embedding"
     mapping.refuse_other_copies(tensors, "model.shared.weight", COPIES, why)
@@ -164,8 +188,9 @@ def export_tensors(config: BartConfig, params) -> Iterator[tuple[str, np.ndarray
     Raises:
       ValueError: `params` are not those of `config`.
     """
-    yield from mapping.export_tensors(sources(), parameter_shapes(config), params)
-    yield BIAS, np.zeros((1, config.vocab), np.float32)
+    yield from mapping.export_tensors(sources(config), parameter_shapes(config), params)
+    if config.kind == "lm":
+        yield BIAS, np.zeros((1, config.vocab), np.float32)
 
 
 def save_pretrained(

@@ -76,17 +76,15 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> BertConfi
     activation = content.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{source}: hidden_act is {activation!r}, not one of {list(ACTIVATIONS)}")
-    named = [ARCHITECTURES[a] for a in content.get("architectures", ()) if a in ARCHITECTURES]
     first = default.first_position
     rows = content.get("max_position_embeddings", first + default.positions)
     try:
         return BertConfig(
             positions=rows - first,
             first_position=first,
-            kind=named[0] if named else "encoder",
-            labels=len(content.get("id2label", range(default.labels))),
             tanh_gelu=ACTIVATIONS[activation],
             **fields,
+            **mapping.head(content, ARCHITECTURES, "encoder", default.labels),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} describes no BERT: {error}") from error

@@ -43,6 +43,7 @@ ARCHITECTURES = {
     "GPT2LMHeadModel": "lm",
     "GPT2ForSequenceClassification": "text_classifier",
     "GPT2ForTokenClassification": "token_classifier",
+    "GPT2ForQuestionAnswering": "span",
 }
 UNUSED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 """Causal masks, which old files hold as if they were parameters."""
@@ -67,11 +68,8 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> GPT2Confi
                 f"{source}: {name} is {content[name]} and resid_pdrop {fields['dropout']}, but"
                 " GPT-2 here has one rate for all"
             )
-    named = [ARCHITECTURES[a] for a in content.get("architectures", ()) if a in ARCHITECTURES]
-    fields["kind"] = named[0] if named else "lm"
-    fields["labels"] = len(content.get("id2label", range(default.labels)))
     try:
-        return GPT2Config(**fields)
+        return GPT2Config(**fields, **mapping.head(content, ARCHITECTURES, "lm", default.labels))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} describes no GPT-2: {error}") from error
 
@@ -118,9 +116,10 @@ def sources(config: GPT2Config, prefix: str = "transformer.") -> Table:
         table[f"layers/{ours}_bias"] = Source(f"{key}.bias", part=part)
     if config.kind == "text_classifier":
         table["classifier/dense"] = Source("score.weight", transposed=True)
-    if config.kind == "token_classifier":
-        table["classifier/dense"] = Source("classifier.weight", transposed=True)
-        table["classifier/dense_bias"] = Source("classifier.bias")
+    if config.kind in ("token_classifier", "span"):
+        name = "classifier" if config.kind == "token_classifier" else "qa_outputs"
+        table["classifier/dense"] = Source(f"{name}.weight", transposed=True)
+        table["classifier/dense_bias"] = Source(f"{name}.bias")
     return table
 
 

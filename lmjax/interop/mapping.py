@@ -98,6 +98,19 @@ def export_tensors(table: Table, shapes: Any, params: Any) -> Iterator[tuple[str
             yield key, whole.reshape(source.shape or whole.shape)
 
 
+def head(
+    content: dict[str, Any], architectures: Mapping[str, str], kind: str, labels: int
+) -> dict[str, Any]:
+    """The fields `kind` and `labels` of the model that a config.json describes.
+
+    Args:
+      architectures: what a config.json may name -> kind; of others nothing is known.
+      kind, labels: where it says nothing.
+    """
+    named = (architectures[a] for a in content.get("architectures", ()) if a in architectures)
+    return {"kind": next(named, kind), "labels": len(content.get("id2label", range(labels)))}
+
+
 def label_names(count: int) -> dict[str, Any]:
     """What a config.json says of the classes that a classifier tells apart."""
     names = [f"LABEL_{i}" for i in range(count)]

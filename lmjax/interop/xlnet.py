@@ -4,7 +4,8 @@ Reference files: transformers configuration_xlnet.py, modeling_xlnet.py.
 Departures: settings that no published XLNet has (biases shared by the layers, clamped distances,
 memories of the same length for every token) are refused by name. A config.json without a length of
 memory means one without limit there, and none here. `bi_data` there makes the second half of a
-batch backward; here each row is told (`backward`).
+batch backward; here each row is told (`backward`). Spans are XLNetForQuestionAnsweringSimple's; the
+head that searches answers with a beam (XLNetForQuestionAnswering) is not to be had.
 """
 
 import os
@@ -38,8 +39,22 @@ FIELDS = {
 ABSENT = {"d_model": 1_024, "n_layer": 24, "n_head": 16, "d_inner": 4_096}
 """What transformers takes where a config.json says nothing, if it is not what xlnet-base-cased
 has."""
-FIXED = {"untie_r": True, "clamp_len": -1, "same_length": False, "tie_word_embeddings": True}
+FIXED = {
+    "untie_r": True,
+    "clamp_len": -1,
+    "same_length": False,
+    "tie_word_embeddings": True,
+    "summary_type": "last",
+    "summary_use_proj": True,
+    "summary_activation": "tanh",
+}
 """What a config.json may say only so, or leave out."""
+ARCHITECTURES = {
+    "XLNetLMHeadModel": "lm",
+    "XLNetForSequenceClassification": "text_classifier",
+    "XLNetForTokenClassification": "token_classifier",
+    "XLNetForQuestionAnsweringSimple": "span",
+}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "tanh_gelu", "relu": "relu"}
 ATTENTION = {"bi": False, "uni": True}
 COPIES = ["lm_loss.weight"]
@@ -66,6 +81,13 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> XLNetConf
         chosen[ours] = known[value]
     default = XLNetConfig()
     fields = {ours: content.get(theirs, getattr(default, ours)) for ours, theirs in FIELDS.items()}
+    summary = content.get("summary_last_dropout", fields["dropout"])
+    chosen |= mapping.head(content, ARCHITECTURES, "lm", default.labels)
+    if chosen["kind"] == "text_classifier" and summary != fields["dropout"]:
+        raise ValueError(
+            f"{source}: summary_last_dropout is {summary} and dropout {fields['dropout']}, but"
+            " XLNet here has one rate for both"
+        )
     try:
         return XLNetConfig(**fields, **chosen)
     except (TypeError, ValueError) as error:
@@ -82,9 +104,11 @@ def config_to_json(config: XLNetConfig, tokenizer: Tokenizer | None = None) -> d
             "pad_token_id": tokenizer.pad_id,
         }
     return {
-        "architectures": ["XLNetLMHeadModel"],
+        "architectures": [name for name, kind in ARCHITECTURES.items() if kind == config.kind],
         "model_type": "xlnet",
         **fields,
+        **mapping.label_names(config.labels),
+        "summary_last_dropout": config.dropout,
         "d_head": config.head_width,
         "mem_len": config.memory or None,
         "ff_activation": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation],
@@ -103,7 +127,6 @@ def sources(config: XLNetConfig) -> Table:
     table = {
         "embedding": Source("transformer.word_embedding.weight"),
         "mask_embedding": Source("transformer.mask_emb", shape=(1, 1, config.width)),
-        "output_bias": Source("lm_loss.bias"),
         "layers/attention/segments": Source(f"{layer}.rel_attn.seg_embed", shape=(2, *heads)),
     }
     kernels = {"query": "q", "key": "k", "value": "v", "distance": "r", "out": "o"}
@@ -122,6 +145,19 @@ def sources(config: XLNetConfig) -> Table:
     for ours, theirs in {"attention": "rel_attn", "feed_forward": "ff"}.items():
         table[f"layers/{ours}_norm/scale"] = Source(f"{layer}.{theirs}.layer_norm.weight")
         table[f"layers/{ours}_norm/bias"] = Source(f"{layer}.{theirs}.layer_norm.bias")
+    dense = {}
+    match config.kind:
+        case "lm":
+            table["output_bias"] = Source("lm_loss.bias")
+        case "text_classifier":
+            dense = {"pooler": "sequence_summary.summary", "classifier": "logits_proj"}
+        case "token_classifier":
+            dense = {"classifier": "classifier"}
+        case "span":
+            dense = {"classifier": "qa_outputs"}
+    for ours, theirs in dense.items():
+        table[f"{ours}/dense"] = Source(f"{theirs}.weight", transposed=True)
+        table[f"{ours}/dense_bias"] = Source(f"{theirs}.bias")
     return table
 
 

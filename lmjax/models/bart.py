@@ -11,20 +11,24 @@ one embedding serves encoder, decoder and output.
 """
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.models.layers import (
+    Classifier,
     DecodingState,
     Execution,
     KeyValue,
     LayerNorm,
     LayerState,
+    Pooler,
     affine,
     all_logits,
     attention,
+    check_choices,
     check_config,
     check_heads,
     constrain,
@@ -32,9 +36,11 @@ from lmjax.models.layers import (
     dropout,
     dropout_key,
     few_rows_logits,
+    last_of,
     lookup,
     positions_within,
     same_segment,
+    shift_right,
     split_heads,
     stack,
     unstacked,
@@ -65,20 +71,28 @@ class BartConfig:
     padding: int = 1
     """The id that fills up a source."""
     start: int = 2
-    """The id that the decoder reads first; it is </s>."""
+    """The id that the decoder reads first; it is </s>, which also ends a text."""
+    kind: Literal["lm", "text_classifier", "span"] = "lm"
+    """What is on top: guesses of the next token or, to be fine-tuned, classes of texts (by their
+    last </s>), or the first and the last token of an answer."""
+    labels: int = 3
+    """Classes that a classifier tells apart; three, unless told, in transformers' BART."""
     dropout: float = 0.1
     """After the embeddings and after sublayers."""
     attention_dropout: float = 0.1
     """On attention weights."""
     activation_dropout: float = 0.0
     """Within feed-forward layers."""
+    classifier_dropout: float = 0.0
+    """Before both products of a classifier."""
     norm_epsilon: float = 1e-5
 
     def __post_init__(self):
         sizes = ("vocab", "positions", "layers", "decoder_layers", "width", "heads", "feed_forward")
-        check_config(self, *sizes)
+        check_config(self, *sizes, "labels")
         check_heads(self)
-        for name in ("attention_dropout", "activation_dropout"):
+        check_choices(self, "kind")
+        for name in ("attention_dropout", "activation_dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"BartConfig.{name} is {getattr(self, name)}, not in [0, 1)")
         for name in ("padding", "start"):
@@ -250,7 +264,8 @@ class Positions(nn.Module):
 class Bart(nn.Module):
     """A text-to-text model.
 
-    The decoder reads `config.start` first. Segment ids number the texts packed in a row from 1,
+    The decoder reads `config.start` first; left out, `decoder_inputs` are `inputs` shifted right,
+    which is what classifiers and spans read. Segment ids number the texts packed in a row from 1,
     with 0 for padding; left out, `inputs` is one text padded with `config.padding`, and targets are
     one text (what follows it cannot reach it).
     """
@@ -265,28 +280,45 @@ class Bart(nn.Module):
         self.encoder_layers = stack(EncoderLayer, c.layers, e, inputs=1)(c, e)
         self.decoder_positions = Positions(c, e)
         self.decoder_layers = stack(DecoderLayer, c.decoder_layers, e, inputs=3)(c, e)
+        if c.kind == "text_classifier":
+            self.pooler = Pooler(INIT, e)
+            self.classifier = Classifier(c.labels, INIT, e, c.classifier_dropout)
+        if c.kind == "span":
+            self.classifier = Classifier(2, INIT, e)
 
     def __call__(
         self,
         inputs: Int[Array, "B S"],
-        decoder_inputs: Int[Array, "B T"],
+        decoder_inputs: Int[Array, "B T"] | None = None,
         inputs_segment_ids: Int[Array, "B S"] | None = None,
         targets_segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits of the target after each of `decoder_inputs` (targets shifted right), float32."""
-        features = self.features(inputs, decoder_inputs, inputs_segment_ids, targets_segment_ids)
-        return all_logits(features, self.embedding)
+    ) -> Float[Array, "B T V"] | Float[Array, "B *T labels"]:
+        """Logits of the target after each of `decoder_inputs` (targets shifted right); of a
+        classifier of texts the logits of classes; of spans, of each token being the first of the
+        answer, and the last. float32."""
+        x = self.features(inputs, decoder_inputs, inputs_segment_ids, targets_segment_ids)
+        match self.config.kind:
+            case "text_classifier":
+                x = last_of(x, inputs == self.config.start)
+                x = self.pooler(dropout(self, x, self.config.classifier_dropout))
+                return self.classifier(x)
+            case "span":
+                return self.classifier(x)
+        return all_logits(x, self.embedding)
 
     def features(
         self,
         inputs: Int[Array, "B S"],
-        decoder_inputs: Int[Array, "B T"],
+        decoder_inputs: Int[Array, "B T"] | None = None,
         inputs_segment_ids: Int[Array, "B S"] | None = None,
         targets_segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the output matrix multiplies; losses take this, so full logits need not exist."""
         segments = self.segments(inputs, inputs_segment_ids)
         encoded = self.encode(inputs, segments)
+        if decoder_inputs is None:
+            decoder_inputs = shift_right(inputs, positions_within(segments), self.config.start)
+            targets_segment_ids = segments
         targets = jnp.ones_like(decoder_inputs)
         targets = targets if targets_segment_ids is None else targets_segment_ids
         places = jnp.arange(decoder_inputs.shape[1])

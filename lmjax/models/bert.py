@@ -14,7 +14,7 @@ Departures: GELU is exact, as in transformers and RoBERTa; `tanh_gelu` is Google
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -24,9 +24,11 @@ from lmjax.models.layers import (
     Classifier,
     Execution,
     LayerNorm,
+    Pooler,
     affine,
     all_logits,
     attention,
+    check_choices,
     check_config,
     check_heads,
     constrain,
@@ -78,9 +80,7 @@ class BertConfig:
         sizes = ("vocab", "positions", "token_types", "layers", "width", "heads", "feed_forward")
         check_config(self, *sizes, "labels")
         check_heads(self)
-        kinds = get_args(BertConfig.__annotations__["kind"])
-        if self.kind not in kinds:
-            raise ValueError(f"BertConfig.kind is {self.kind!r}, not one of {list(kinds)}")
+        check_choices(self, "kind")
         if self.first_position < 0:
             raise ValueError(f"BertConfig.first_position is {self.first_position}, not 0 or more")
 
@@ -167,18 +167,6 @@ class Layer(nn.Module):
         return constrain(x, "batch", "activation_length", "activation_embed"), None
 
 
-class Pooler(nn.Module):
-    """The first token, for judgements on the whole text."""
-
-    config: BertConfig
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-        width = self.config.width
-        return jnp.tanh(affine(self, x[:, 0], "dense", INIT, embed=width, mlp=width))
-
-
 class MaskedHead(nn.Module):
     """What lies between a hidden state and the output matrix."""
 
@@ -219,7 +207,7 @@ class Bert(nn.Module):
                 self, "output_bias", nn.initializers.zeros, "float32", vocab=c.vocab
             )
         if c.kind in ("pretraining", "encoder", "text_classifier"):
-            self.pooler = Pooler(c, e)
+            self.pooler = Pooler(INIT, e)
         if c.kind == "pretraining":
             self.verdict = Classifier(2, INIT, e)
         if c.kind in ("text_classifier", "token_classifier", "span"):
@@ -240,10 +228,10 @@ class Bert(nn.Module):
         match self.config.kind:
             case "encoder":
                 if self.is_initializing():
-                    self.pooler(x)
+                    self.pool(x)
                 return x
             case "text_classifier":
-                return self.classifier(self.pooler(x))
+                return self.classifier(self.pool(x))
             case "token_classifier" | "span":
                 return self.classifier(x)
             case "pretraining":
@@ -285,12 +273,12 @@ class Bert(nn.Module):
         return self.output_bias
 
     def pool(self, encoded: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-        """What a classifier of whole texts reads."""
-        return self.pooler(encoded)
+        """What a classifier of whole texts reads: the first token."""
+        return self.pooler(encoded[:, 0])
 
     def judge(self, encoded: Float[Array, "B T D"]) -> Float[Array, "B 2"]:
         """Logits of: sentence B follows A; it is from elsewhere. float32."""
-        return self.verdict(self.pooler(encoded))
+        return self.verdict(self.pool(encoded))
 
     def output_matrix(self) -> Float[Array, "V D"]:
         return self.embedding

@@ -13,7 +13,7 @@ Departures: queries, keys and values have a kernel each (published files join th
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -27,12 +27,14 @@ from lmjax.models.layers import (
     affine,
     all_logits,
     attention,
+    check_choices,
     check_config,
     check_heads,
     constrain,
     dropout,
     dropout_key,
     few_rows_logits,
+    last_of,
     lookup,
     same_segment,
     split_heads,
@@ -61,9 +63,9 @@ class GPT2Config:
     dropout: float = 0.1
     """After the embedding, on attention weights, and after sublayers."""
     norm_epsilon: float = 1e-5
-    kind: Literal["lm", "text_classifier", "token_classifier"] = "lm"
+    kind: Literal["lm", "text_classifier", "token_classifier", "span"] = "lm"
     """What is on top: guesses of the next token or, to be fine-tuned, classes of texts (by their
-    last token) or of tokens."""
+    last token), of tokens, or the first and the last token of an answer."""
     labels: int = 2
     """Classes that a classifier tells apart."""
 
@@ -71,9 +73,7 @@ class GPT2Config:
         sizes = ("vocab", "positions", "layers", "width", "heads", "feed_forward", "labels")
         check_config(self, *sizes)
         check_heads(self)
-        kinds = get_args(GPT2Config.__annotations__["kind"])
-        if self.kind not in kinds:
-            raise ValueError(f"GPT2Config.kind is {self.kind!r}, not one of {list(kinds)}")
+        check_choices(self, "kind")
 
     @property
     def head_width(self) -> int:
@@ -192,6 +192,8 @@ class GPT2(nn.Module):
             self.classifier = Classifier(c.labels, INIT, e, bias=False)
         if c.kind == "token_classifier":
             self.classifier = Classifier(c.labels, INIT, e, c.dropout)
+        if c.kind == "span":
+            self.classifier = Classifier(2, INIT, e)
 
     def __call__(
         self,
@@ -199,16 +201,17 @@ class GPT2(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"] | Float[Array, "B *T labels"]:
-        """Logits of the token after each of `inputs`, or of the classes of each text or token,
-        float32. A text's last token is the last one in a row that is not padding."""
+        """Logits of the token after each of `inputs`; of a classifier of texts or tokens the logits
+        of classes; of spans, of each token being the first of the answer, and the last. float32. A
+        text's last token is the last one in a row that is not padding."""
         x = self.features(inputs, positions, segment_ids)
-        if self.config.kind == "lm":
-            return all_logits(x, self.embedding)
-        if self.config.kind == "token_classifier":
-            return self.classifier(x)
-        real = jnp.ones_like(inputs) if segment_ids is None else segment_ids
-        last = jnp.where(real > 0, jnp.arange(inputs.shape[1]), 0).max(1)
-        return self.classifier(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+        match self.config.kind:
+            case "text_classifier":
+                real = jnp.ones_like(inputs) if segment_ids is None else segment_ids
+                return self.classifier(last_of(x, real > 0))
+            case "token_classifier" | "span":
+                return self.classifier(x)
+        return all_logits(x, self.embedding)
 
     def features(
         self,

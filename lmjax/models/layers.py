@@ -6,7 +6,7 @@ Axes: B batch, T query length, S key length, D width, N heads, H head width, I/O
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -53,6 +53,16 @@ def check_config(config, *sizes: str) -> None:
             raise ValueError(f"{name}.{size} is {getattr(config, size)}, not a positive size")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"{name}.dropout is {config.dropout}, not in [0, 1)")
+
+
+def check_choices(config, *names: str) -> None:
+    """Raises ValueError for a value that its field's Literal does not list."""
+    for name in names:
+        value, known = getattr(config, name), get_args(type(config).__annotations__[name])
+        if value not in known:
+            raise ValueError(
+                f"{type(config).__name__}.{name} is {value!r}, not one of {list(known)}"
+            )
 
 
 def check_heads(config) -> None:
@@ -259,6 +269,18 @@ def _example_by_example(attention, operands, key):
     return jax.lax.map(jax.checkpoint(example), (jnp.arange(batch), own))
 
 
+class Pooler(nn.Module):
+    """What stands for a whole text, made of one token's state."""
+
+    kernel_init: nn.initializers.Initializer
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        width = x.shape[-1]
+        return jnp.tanh(affine(self, x, "dense", self.kernel_init, embed=width, mlp=width))
+
+
 class Classifier(nn.Module):
     """Scores of classes, of whatever has a vector."""
 
@@ -278,6 +300,20 @@ class Classifier(nn.Module):
         else:
             scores = dense(x, weight(self, "dense", self.kernel_init, **axes))
         return scores.astype(jnp.float32)
+
+
+def last_of(x: Float[Array, "B T D"], chosen: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+    """The state of the last chosen token of each row; of the first token where none is."""
+    last = jnp.where(chosen, jnp.arange(chosen.shape[1]), 0).max(1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def shift_right(
+    targets: Int[Array, "B T"], positions: Int[Array, "B T"], start: int = 0
+) -> Int[Array, "B T"]:
+    """What a decoder reads to predict `targets`: each text's own past, after a start token."""
+    shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(positions == 0, start, shifted)
 
 
 def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:

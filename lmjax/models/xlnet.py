@@ -16,11 +16,12 @@ embedding, with a bias.
 Departures: dropout on the sinusoids is the same for all rows of a batch. Of the segment term only
 the difference between "another segment" and "the same" is computed, as softmax ignores what all
 keys have in common. `order` stands for the reference's `perm_mask`, and `places` for its
-`target_mapping`; masks in which what a token sees follows from no order are not to be had.
+`target_mapping`; masks in which what a token sees follows from no order are not to be had. A text
+is classified by its last token even if padding follows; the reference reads the row's last place.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,12 +29,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.models.layers import (
+    Classifier,
     Execution,
     KeyValue,
     LayerNorm,
+    Pooler,
     affine,
     all_logits,
     attend,
+    check_choices,
     check_config,
     check_heads,
     constrain,
@@ -41,6 +45,7 @@ from lmjax.models.layers import (
     dropout,
     dropout_key,
     few_rows_logits,
+    last_of,
     lookup,
     same_segment,
     split_heads,
@@ -74,24 +79,25 @@ class XLNetConfig:
     reuse: int | None = None
     """How many of a text's first tokens go into memory, because the next text begins after them;
     None for all."""
+    kind: Literal["lm", "text_classifier", "token_classifier", "span"] = "lm"
+    """What is on top: guesses of words or, to be fine-tuned, classes of texts (by their last
+    token), of tokens, or the first and the last token of an answer."""
+    labels: int = 2
+    """Classes that a classifier tells apart."""
     dropout: float = 0.1
     """After the embedding, on sinusoids and attention weights, within and after sublayers, and on
     what comes out."""
     norm_epsilon: float = 1e-12
 
     def __post_init__(self):
-        check_config(self, "vocab", "layers", "width", "heads", "feed_forward")
+        check_config(self, "vocab", "layers", "width", "heads", "feed_forward", "labels")
         check_heads(self)
         if self.width % 2:
             raise ValueError(
                 f"XLNetConfig.width is {self.width}, but sines and cosines share it: choose an even"
                 " width"
             )
-        kinds = get_args(XLNetConfig.__annotations__["activation"])
-        if self.activation not in kinds:
-            raise ValueError(
-                f"XLNetConfig.activation is {self.activation!r}, not one of {list(kinds)}"
-            )
+        check_choices(self, "activation", "kind")
         if self.memory < 0 or (self.reuse is not None and self.reuse < 1):
             raise ValueError(
                 f"XLNetConfig.memory is {self.memory} and reuse {self.reuse}: expected 0 or more,"
@@ -342,17 +348,35 @@ class XLNet(nn.Module):
         self.embedding = weight(self, "embedding", INIT, vocab=c.vocab, embed=c.width)
         self.mask_embedding = weight(self, "mask_embedding", INIT, embed=c.width)
         self.layers = stack(Layer, c.layers, e, inputs=2, own_inputs=1)(c, e)
-        self.output_bias = weight(
-            self, "output_bias", nn.initializers.zeros, "float32", vocab=c.vocab
-        )
+        match c.kind:
+            case "lm":
+                self.output_bias = weight(
+                    self, "output_bias", nn.initializers.zeros, "float32", vocab=c.vocab
+                )
+            case "text_classifier":
+                self.pooler = Pooler(INIT, e)
+                self.classifier = Classifier(c.labels, INIT, e, c.dropout)
+            case "token_classifier":
+                self.classifier = Classifier(c.labels, INIT, e)
+            case "span":
+                self.classifier = Classifier(2, INIT, e)
 
     def __call__(
         self, inputs: Int[Array, "B T"], memory: Float[Array, "L B M D"] | None = None, **more
-    ) -> tuple[Float[Array, "B T V"], Float[Array, "L B M D"]]:
+    ) -> tuple[Float[Array, "B T V"] | Float[Array, "B *T labels"], Float[Array, "L B M D"]]:
         """(logits, memory): float32, of the word in each of `places`, or of what follows each token
-        in a causal model; and what to remember when the next text is read."""
-        features, memory = self.features(inputs, memory, **more)
-        return all_logits(features, self.embedding) + self.output_bias, memory
+        in a causal model; of a classifier of texts or tokens the logits of classes; of spans, of
+        each token being the first of the answer, and the last. And what to remember when the next
+        text is read. A text's last token is the last one in a row that is not padding."""
+        x, memory = self.features(inputs, memory, **more)
+        match self.config.kind:
+            case "text_classifier":
+                segment_ids = more.get("segment_ids")
+                real = jnp.ones_like(inputs) if segment_ids is None else segment_ids
+                return self.classifier(self.pooler(last_of(x, real > 0))), memory
+            case "token_classifier" | "span":
+                return self.classifier(x), memory
+        return all_logits(x, self.embedding) + self.output_bias, memory
 
     def features(
         self,

@@ -4,9 +4,8 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
-from lmjax.models.layers import unboxed
+from lmjax.models.layers import shift_right, unboxed
 from lmjax.tasks.losses import check_regularisers, token_loss
 from lmjax.tasks.task import Initial, decay_labels
 
@@ -67,11 +66,3 @@ class Seq2Seq:
     def flops(self, batch_shapes):
         (rows, inputs), (_, targets) = batch_shapes["inputs"], batch_shapes["targets"]
         return self.model.config.training_flops(rows, inputs, targets)
-
-
-def shift_right(
-    targets: Int[Array, "B T"], positions: Int[Array, "B T"], start: int = 0
-) -> Int[Array, "B T"]:
-    """What the decoder reads to predict `targets`: each text's own past, after a start token."""
-    shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(positions == 0, start, shifted)

@@ -44,6 +44,7 @@ def test_other_noise_on_documents_joined(run, arguments, tmp_path):
     ("flags", "words"),
     [
         (["--objective.length", "65"], ["--objective.length is 65", "64 positions"]),
+        (["--model.kind", "span"], ["--model.kind is span", "restore texts, choose lm"]),
         (["--data.subwords", "wordpiece"], ["--data.subwords is wordpiece", "byte_bpe"]),
         (["--objective.infill", "2"], ["infill is 2.0, not a share"]),
     ],

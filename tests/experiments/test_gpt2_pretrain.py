@@ -56,6 +56,7 @@ def test_other_tokenizers(run, arguments, tmp_path, flags):
     ("flags", "words"),
     [
         (["--objective.length", "65"], ["--objective.length is 65", "64 positions"]),
+        (["--model.kind", "span"], ["--model.kind is span", "go on with texts, choose lm"]),
         (["--model.heads", "3"], ["64, which does not divide into 3 heads"]),
         (["--model.vocab", "128"], ["128", "rows"]),
     ],

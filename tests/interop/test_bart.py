@@ -217,6 +217,11 @@ def test_published_sizes(preset, parameters):
         ({"encoder_layers": 2}, "no place for"),
         ({"decoder_layers": 3}, "lacks model.decoder.layers.2"),
         ({"pad_token_id": 97}, "padding is 97"),
+        ({"classifier_dropout": 1.0}, "classifier_dropout is 1.0"),
+        (
+            {"architectures": ["BartForSequenceClassification"], "eos_token_id": 3},
+            "eos_token_id is 3 and decoder_start_token_id 2",
+        ),
     ],
 )
 def test_what_cannot_be_loaded(directory, tmp_path, change, message):

@@ -185,63 +185,6 @@ def test_old_names_and_what_a_file_holds_beside_its_model(pair, tmp_path):
             jax.tree.map(np.testing.assert_array_equal, loaded[name], params[name])
 
 
-def with_head(head, family, **settings):
-    family_config = {
-        "Bert": dict(max_position_embeddings=40),
-        "Roberta": dict(max_position_embeddings=42, type_vocab_size=1),
-    }[family]
-    config = getattr(transformers, f"{family}Config")(**SIZES, **family_config, **settings)
-    return getattr(transformers, f"{family}For{head}")(config).eval()
-
-
-@pytest.mark.parametrize("family", ["Bert", "Roberta"])
-@pytest.mark.parametrize(
-    ("head", "settings"),
-    [
-        ("SequenceClassification", {"num_labels": 5}),
-        ("SequenceClassification", {}),
-        ("TokenClassification", {"num_labels": 3}),
-        ("QuestionAnswering", {}),
-    ],
-)
-def test_heads_for_fine_tuning(tmp_path, batch, family, head, settings):
-    """Outputs, gradients (of a random sum of them) and files."""
-    torch.manual_seed(0)
-    theirs = with_head(head, family, **settings)
-    theirs.save_pretrained(tmp_path / "theirs", safe_serialization=True)
-    model, params, _ = lmjax.load(tmp_path / "theirs")
-    outputs = their_outputs(theirs, family.lower(), batch)
-    if head == "QuestionAnswering":
-        expected = torch.stack([outputs.start_logits, outputs.end_logits], -1)
-    else:
-        expected = outputs.logits
-    real = batch[2][..., None] if expected.ndim == 3 else True
-    weights = np.random.default_rng(1).normal(size=expected.shape) * real
-    (expected * torch.from_numpy(weights)).sum().backward()
-    gradients = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
-
-    def ours(params):
-        quiet = Bert(dataclasses.replace(model.config, dropout=0.0))
-        return quiet.apply({"params": params}, *our_inputs(family.lower(), batch))
-
-    with jax.default_matmul_precision("highest"):
-        found = ours(params)
-        back = jax.grad(lambda params: (ours(params) * weights).sum())(params)
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found * real, expected.detach().numpy() * real, atol=2e-5)
-    back = dict(interop.export_tensors(model.config, back))
-    assert back.keys() == gradients.keys()
-    largest = max(np.abs(gradient).max() for gradient in gradients.values())
-    for name, gradient in gradients.items():
-        np.testing.assert_allclose(back[name], gradient, atol=1e-5 * largest, err_msg=name)
-
-    interop.save_pretrained(tmp_path / "again", model.config, params)
-    again = type(theirs).from_pretrained(tmp_path / "again")
-    assert again.config.num_labels == theirs.config.num_labels
-    for name, tensor in theirs.state_dict().items():
-        np.testing.assert_array_equal(again.state_dict()[name], tensor, err_msg=name)
-
-
 @pytest.mark.parametrize(
     ("preset", "kind", "parameters"),
     [

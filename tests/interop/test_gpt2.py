@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from transformers import GPT2Config as TheirConfig
 from transformers import GPT2LMHeadModel
 
@@ -76,44 +75,6 @@ def test_the_decoding_state(theirs, ours, tokens):
             found, state = gpt2.extend(model, params, jnp.asarray(tokens[:, i : i + 1]), state)
             np.testing.assert_allclose(found[:, 0], expected[:, i], atol=2e-5)
     assert state.length.tolist() == [15] * 4
-
-
-@pytest.mark.parametrize("head", ["Sequence", "Token"])
-@pytest.mark.parametrize("labels", [2, 5])
-def test_classifiers(tmp_path, tokens, head, labels):
-    """Outputs, gradients (of a random sum of them) and files; texts end with padding."""
-    torch.manual_seed(0)
-    settings = TheirConfig(**SIZES, num_labels=labels, pad_token_id=96)
-    theirs = getattr(transformers, f"GPT2For{head}Classification")(settings).eval()
-    theirs.save_pretrained(tmp_path / "theirs", safe_serialization=True)
-    model, params, _ = lmjax.load(tmp_path / "theirs")
-    real = np.arange(15) < LENGTHS[:, None]
-    inputs = np.where(real, tokens % 96, 96)
-    outputs = theirs(torch.from_numpy(inputs), attention_mask=torch.from_numpy(real).long())
-    shown = real[..., None] if head == "Token" else 1
-    weights = np.random.default_rng(1).normal(size=outputs.logits.shape) * shown
-    (outputs.logits * torch.from_numpy(weights)).sum().backward()
-
-    def ours(params):
-        return model.apply({"params": params}, inputs, None, real.astype(np.int32))
-
-    with jax.default_matmul_precision("highest"):
-        found = ours(params)
-        gradients = jax.grad(lambda params: (ours(params) * weights).sum())(params)
-    expected = outputs.logits.detach().numpy()
-    np.testing.assert_allclose(found * shown, expected * shown, atol=2e-5)
-    gradients = dict(interop.export_tensors(model.config, gradients))
-    theirs_by_name = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
-    assert gradients.keys() == theirs_by_name.keys()
-    largest = max(np.abs(gradient).max() for gradient in gradients.values())
-    for name, gradient in theirs_by_name.items():
-        np.testing.assert_allclose(gradients[name], gradient, atol=1e-5 * largest, err_msg=name)
-
-    interop.save_pretrained(tmp_path / "again", model.config, params)
-    again = type(theirs).from_pretrained(tmp_path / "again")
-    assert again.config.num_labels == labels
-    for name, tensor in theirs.state_dict().items():
-        np.testing.assert_array_equal(again.state_dict()[name], tensor, err_msg=name)
 
 
 def test_gradients(theirs, ours, tokens):

@@ -222,9 +222,14 @@ def test_published_sizes(preset, parameters):
         ({"n_layer": 2}, "an XLNet of its config has no place for"),
         ({"vocab_size": 98}, "word_embedding"),
         ({"reuse_len": -1}, "reuse -1"),
+        ({"summary_type": "mean"}, "summary_type is 'mean'"),
+        (
+            {"architectures": ["XLNetForSequenceClassification"], "summary_last_dropout": 0.3},
+            "summary_last_dropout is 0.3 and dropout 0.1",
+        ),
     ],
 )
-def test_what_cannot_be_loaded(directory, tmp_path, change, message):
+def test_what_cannot_be_loaded(pair, directory, tmp_path, change, message):
     (tmp_path / "model.safetensors").symlink_to(directory / "model.safetensors")
     write_json(tmp_path / "config.json", {**read_json(directory / "config.json"), **change})
     with pytest.raises(ValueError, match=message):
