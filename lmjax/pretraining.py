@@ -1,4 +1,5 @@
-"""Pretraining on text: what every such experiment is given, and what it does with it.
+"""Training from nothing or from a checkpoint: what every such experiment is given, and what it does
+with it.
 
 An experiment adds its model, its objective, its task, and what it shows at the end.
 """
@@ -7,14 +8,15 @@ import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 from rich.console import Console
 from rich.markup import escape
 
-from lmjax.data.batches import assemble
+from lmjax.data.batches import Batch, Batches, assemble
 from lmjax.data.text import Text, TokenizedText, read_text
+from lmjax.data.tokenizers import Tokenizer
 from lmjax.loading import TOKENIZER, Description, describe
 from lmjax.sharding import multihost
 from lmjax.sharding.multihost import Distributed
@@ -24,11 +26,23 @@ from lmjax.training.execution import ExecutionOptions
 from lmjax.training.fit import FitOptions, Fitted, fit
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.schedules import Constant, Cosine, InverseSquareRoot, Linear
+from lmjax.training.state import Averaging
 from lmjax.training.step import arrange
 
 
+class Data(Protocol):
+    """What training takes from a run's data."""
+
+    tokenizer: Tokenizer | None
+    batches: Batches
+    evaluation: Sequence[Batch]
+    identity: dict[str, Any]
+    """What must be the same when a run is resumed."""
+    summary: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextRun(abc.ABC):
+class Run(abc.ABC):
     """What is trained (these must stay the same when a run is resumed) and how it is run."""
 
     model_type: ClassVar[str]
@@ -36,20 +50,23 @@ class TextRun(abc.ABC):
 
     # The experiment's own dataclass says of which kinds they are:
     model: Any
-    objective: Any
-    data: TokenizedText
+    data: Any
     optimizer: Adafactor | AdamW
     batch: int
     """Rows of the global batch, over all devices."""
+    average: float | None = None
+    """Decay of a moving average of the parameters, which is then what is evaluated and used."""
+    average_every: int = 1
+    """Steps from one update of that average to the next."""
     seed: int = 0
-    """Of the parameters, the order of the text, its noise and dropout."""
+    """Of the parameters, the order of the data, its noise and dropout."""
     init: str | None = None
     """Start from these parameters, model and tokenizer: a run's workdir, a Hugging Face directory
     or repository."""
 
     steps: int = 1_000_000
     """Train until so many steps are done. More of them continue a finished run."""
-    workdir: Path = Path("runs/text")
+    workdir: Path = Path("runs/run")
     """Where config.json, metrics.jsonl, loss.png, TensorBoard events and checkpoints go."""
     eval_batches: int = 8
     """Held-out batches per evaluation."""
@@ -74,19 +91,65 @@ class TextRun(abc.ABC):
             raise ValueError(f"--seed is {self.seed}, not between 0 and 2**32 - 1")
         if self.workers < 0:
             raise ValueError(f"--workers is {self.workers}, not 0 or more")
+        self.averaging  # noqa: B018 (checks it)
 
     @abc.abstractmethod
     def task(self, devices: Sequence[jax.Device] | None = None) -> Task:
         """The model and its loss, as they run on `devices` (all, by default)."""
 
+    @abc.abstractmethod
+    def read(self, start: Description | None, share: tuple[int, int]) -> Data:
+        """The data, after the tokenizer of the checkpoint to start from, if there is one.
+
+        Args:
+            share: which part of every batch, of how many, is this host's.
+        """
+
+    @abc.abstractmethod
+    def no_rows(self) -> Batch:
+        """A batch without rows: the names, lengths and types of its arrays."""
+
+    @property
+    def averaging(self) -> Averaging | None:
+        return None if self.average is None else Averaging(self.average, self.average_every)
+
     def workload(self, devices: Sequence[jax.Device]) -> Workload:
         """What `experiments.plan` compiles for `devices`."""
-        rows = assemble([], self.objective.lengths)
         batch = {
             name: jax.ShapeDtypeStruct((self.batch, *x.shape[1:]), x.dtype)
-            for name, x in rows.items()
+            for name, x in self.no_rows().items()
         }
         return Workload(self.task(devices), self.optimizer, batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextRun(Run):
+    """A run on text."""
+
+    objective: Any
+    data: TokenizedText
+
+    def read(self, start: Description | None, share: tuple[int, int]) -> Text:
+        """Raises ValueError where the tokenizer is not known, and what `read_text` raises."""
+        if start is not None and start.tokenizer is None and self.data.tokenizer is None:
+            raise ValueError(
+                f"{self.init} has no tokenizer: give the one it was trained with as"
+                " --data.tokenizer"
+            )
+        return read_text(
+            self.data,
+            self.objective,
+            batch=self.batch,
+            seed=self.seed,
+            workers=self.workers,
+            eval_batches=self.eval_batches,
+            tokenizer=None if start is None else start.tokenizer,
+            rows=self.model.vocab,
+            share=share,
+        )
+
+    def no_rows(self) -> Batch:
+        return assemble([], self.objective.lengths)
 
 
 HOW_IT_RUNS = frozenset(
@@ -106,10 +169,10 @@ HOW_IT_RUNS = frozenset(
 
 
 def pretrain(
-    settings: TextRun,
-    presets: Mapping[str, TextRun],
+    settings: Run,
+    presets: Mapping[str, Run],
     experiment: str,
-    show: Callable[[TextRun, Any, Any, Text, Console], None],
+    show: Callable[[Any, Any, Any, Any, Console], None],
 ) -> Fitted:
     """Trains, or goes on training, and shows what was learned.
 
@@ -117,7 +180,7 @@ def pretrain(
         presets: the experiment's; `--init` brings a model of its own unless the settings ask for
             one that is in none of them.
         experiment: its name, for config.json.
-        show: (settings, model, parameters, text, console), called when the last step is done.
+        show: (settings, model, parameters, data, console), called when the last step is done.
     """
     if joined := multihost.start(settings.distributed):
         print(joined, flush=True)
@@ -136,79 +199,66 @@ def pretrain(
         options=settings.mesh,
     )
     # Hosts may share a cache: the first one fills it.
-    with multihost.first_process_first("text", timeout=24 * 3_600):
-        text = read_text(
-            settings.data,
-            settings.objective,
-            batch=settings.batch,
-            seed=settings.seed,
-            workers=settings.workers,
-            eval_batches=settings.eval_batches,
-            tokenizer=None if start is None else start.tokenizer,
-            rows=settings.model.vocab,
-            share=layout.share,
-        )
-    console.print(escape(text.summary), soft_wrap=True)
+    with multihost.first_process_first("data", timeout=24 * 3_600):
+        data = settings.read(start, layout.share)
+    console.print(escape(data.summary), soft_wrap=True)
     fitted = fit(
         task,
         settings.optimizer,
-        text.batches,
+        data.batches,
         steps=settings.steps,
         workdir=settings.workdir,
         seed=settings.seed,
         experiment=experiment,
-        identity=identity(settings, text),
+        identity=identity(settings, data),
         runtime=settings.fit,
         layout=layout,
-        evaluation=text.evaluation,
+        evaluation=data.evaluation,
+        averaging=settings.averaging,
         init=None if start is None else start.load_params,
-        files={TOKENIZER: text.tokenizer.model},
+        files={} if data.tokenizer is None else {TOKENIZER: data.tokenizer.model},
     )
     if not fitted.interrupted:
-        show(settings, task.model, fitted.state.evaluated, text, console)
+        show(settings, task.model, fitted.state.evaluated, data, console)
     return fitted
 
 
-def model_of(start: Description, settings: TextRun, presets: Mapping[str, TextRun]) -> Any:
+def model_of(start: Description, settings: Run, presets: Mapping[str, Run]) -> Any:
     """The model to go on with: that of `--init`, with the settings' dropout.
 
     Raises:
-        ValueError: it is of another kind, the settings ask for yet another one, or its tokenizer is
-            not known.
+        ValueError: it is of another kind, or the settings ask for yet another one.
     """
     if type(start.config) is not type(settings.model):
         raise ValueError(
             f"{settings.init} holds a {start.model_type}, which this experiment does not train"
         )
-    model = dataclasses.replace(start.config, dropout=settings.model.dropout)
-    untouched = [
-        dataclasses.replace(preset.model, dropout=settings.model.dropout)
-        for preset in presets.values()
-    ]
+
+    def with_its_dropout(model):
+        own = getattr(settings.model, "dropout", None)
+        return model if own is None else dataclasses.replace(model, dropout=own)
+
+    model = with_its_dropout(start.config)
+    untouched = [with_its_dropout(preset.model) for preset in presets.values()]
     if settings.model not in (model, *untouched):
         raise ValueError(
             f"--model says {settings.model} but {settings.init} holds {start.config}: drop the"
             " --model options (but for --model.dropout), or --init"
         )
-    if start.tokenizer is None and settings.data.tokenizer is None:
-        raise ValueError(
-            f"{settings.init} has no tokenizer: give the one it was trained with as"
-            " --data.tokenizer"
-        )
     return model
 
 
-def identity(settings: TextRun, text: Text) -> dict[str, Any]:
+def identity(settings: Run, data: Data) -> dict[str, Any]:
     """What the run learns, and from what."""
     names = [f.name for f in dataclasses.fields(settings) if f.name not in HOW_IT_RUNS]
     fields = {name: getattr(settings, name) for name in names}
-    return {"model_type": settings.model_type, **fields, "data": text.identity}
+    return {"model_type": settings.model_type, **fields, "data": data.identity}
 
 
 # --- choices for the command line
 
 
-def optimizer_choices() -> dict[str, dict[str, Callable[[TextRun], Any]]]:
+def optimizer_choices() -> dict[str, dict[str, Callable[[Run], Any]]]:
     """--optimizer and --optimizer.schedule, for `command_line.parse`."""
     return {
         "optimizer": {
@@ -226,10 +276,10 @@ def optimizer_choices() -> dict[str, dict[str, Callable[[TextRun], Any]]]:
     }
 
 
-def _peak(settings: TextRun) -> float:
+def _peak(settings: Run) -> float:
     """A usual learning rate; Adafactor's is relative to the size of a parameter."""
     return 1e-2 if isinstance(settings.optimizer, Adafactor) else 1e-3
 
 
-def _warmup(settings: TextRun) -> int:
+def _warmup(settings: Run) -> int:
     return min(10_000, max(1, settings.steps // 10))

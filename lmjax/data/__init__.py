@@ -1,1 +1,1 @@
-"""From text to batches: sources, tokenizers, token stores, deterministic batches."""
+"""From text and pictures to batches: sources, tokenizers, stores, deterministic batches."""

@@ -1,0 +1,94 @@
+"""Pictures beside each other: which is nearest to which, and sheets of them to look at.
+
+Axes: N and M pictures, R pixels a side.
+"""
+
+import importlib.util
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from lmjax.data import cache
+
+CELL = 96
+"""Pixels a side of a picture on a sheet; smaller ones are enlarged."""
+MARGIN = 6
+LETTERS = 15
+_FONT = "NanumGothic.ttf"
+
+
+def thumbnails(pictures: UInt8[np.ndarray, "N R R 3"], side: int = 16) -> Float[np.ndarray, "N F"]:
+    """Pictures of `side` x `side` pixels from 0 to 1, each averaged over an area, as vectors."""
+    small = [
+        np.asarray(Image.fromarray(one).resize((side, side), Image.Resampling.BOX))
+        for one in pictures
+    ]
+    return np.stack(small).reshape(len(pictures), -1) / 255
+
+
+def nearest(
+    pictures: UInt8[np.ndarray, "N R R 3"], originals: UInt8[np.ndarray, "M R R 3"], side: int = 16
+) -> Int[np.ndarray, " N"]:
+    """For each picture the original with the smallest mean squared error between thumbnails."""
+    ours, theirs = thumbnails(pictures, side), thumbnails(originals, side)
+    errors = ((ours[:, None] - theirs[None]) ** 2).mean(-1)
+    return errors.argmin(1)
+
+
+def as_bytes(pictures: Float[np.ndarray, "*N R R 3"]) -> UInt8[np.ndarray, "*N R R 3"]:
+    """From [0, 1] to 0 ... 255."""
+    return np.rint(np.clip(np.asarray(pictures), 0, 1) * 255).astype(np.uint8)
+
+
+def sheet(
+    rows: Sequence[tuple[str, Sequence[UInt8[np.ndarray, "R R 3"]]]], columns: Sequence[str] = ()
+) -> Image.Image:
+    """Rows of pictures with a caption each, English or Korean, under `columns`' names."""
+    font = _font()
+    width = max([_length(font, caption) for caption, _ in rows] + [0])
+    count = max(len(pictures) for _, pictures in rows)
+    left, top = width + 2 * MARGIN, LETTERS + 2 * MARGIN if columns else MARGIN
+    step = CELL + MARGIN
+    image = Image.new("RGB", (left + count * step, top + len(rows) * step), "white")
+    draw = ImageDraw.Draw(image)
+    for column, name in enumerate(columns):
+        draw.text((left + column * step, MARGIN), name, "black", font)
+    for row, (caption, pictures) in enumerate(rows):
+        y = top + row * step
+        draw.text((MARGIN, y + CELL // 2), caption, "black", font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            one = Image.fromarray(picture)
+            how = Image.Resampling.NEAREST if one.width <= CELL else Image.Resampling.BOX
+            image.paste(one.resize((CELL, CELL), how), (left + column * step, y))
+    return image
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
+    """Writes a PNG, whole or not at all."""
+    cache.atomic_write(path, png(image))
+
+
+def png(image: Image.Image) -> bytes:
+
+    content = io.BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """A font with Latin and Korean letters, which Pillow's and matplotlib's own lack.
+
+    The package that brings it is not imported: that would change matplotlib's settings.
+    """
+    package = importlib.util.find_spec("koreanize_matplotlib")
+    (directory,) = package.submodule_search_locations
+    return ImageFont.truetype(str(Path(directory) / "fonts" / _FONT), LETTERS)
+
+
+def _length(font: ImageFont.FreeTypeFont, text: str) -> int:
+    return int(np.ceil(font.getlength(text)))
