@@ -27,7 +27,7 @@ SPECIAL = {
 }
 ROLES = {
     "pad": ("<pad>", "[PAD]"),
-    "bos": ("<s>", "[CLS]", "<|endoftext|>"),
+    "bos": ("<s>", "[CLS]", "<|startoftext|>", "<|endoftext|>"),
     "eos": ("</s>", "[SEP]", "<|endoftext|>"),
     "unk": ("<unk>", "[UNK]"),
     "mask": ("<mask>", "[MASK]"),
