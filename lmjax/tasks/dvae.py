@@ -5,6 +5,7 @@ import abc
 import dataclasses
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -83,17 +84,33 @@ class GumbelSoftmax(Autoencoding):
 
     Soft codes are drawn, forwards and backwards, at a temperature that falls; the KL divergence is
     that of the codes' distribution at temperature 1 from the uniform one.
+
+    `balance` departs from the paper, for runs that are short: without it a few codes are soon
+    preferred everywhere and the others, never drawn, learn nothing. It adds the KL divergence of
+    the codes' use over recent batches from the uniform distribution. That use is a moving average,
+    kept in `extra`, so the term's gradient is a sum over pictures: it lowers a code's logits
+    wherever they are by how much too often the code is used. Micro-batches move the average one
+    after the other, and so are not exactly one large batch then.
     """
 
     beta: HalfCosine = HalfCosine(0, 6.6, 5_000)
     """Weight of the KL divergence."""
     temperature: HalfCosine = HalfCosine(1, 1 / 16, 150_000)
+    balance: float = 0.0
+    """Weight of the codes' use, as beta is; 0 in the paper."""
 
     def __post_init__(self):
         if min(self.temperature.start, self.temperature.end) <= 0:
             raise ValueError(f"temperature is {self.temperature}, expected more than 0 throughout")
+        if not 0 <= self.balance < math.inf:
+            raise ValueError(f"balance is {self.balance}, expected 0 or more")
         if self.model.config.nearest:
             raise ValueError("DVAEConfig.nearest makes a VQ-VAE, which tasks.dvae.Nearest trains")
+
+    def init(self, rng):
+        params, axes, extra = super().init(rng)
+        codes = self.model.config.codes
+        return params, axes, {"use": jnp.full(codes, 1 / codes)} if self.balance else extra
 
     def loss(self, params, extra, batch, normalizers, rngs, step):
         variables, pictures = {"params": params}, as_floats(batch["pictures"])
@@ -102,8 +119,17 @@ class GumbelSoftmax(Autoencoding):
         codes = gumbel_softmax(logits, temperature, jax.random.fold_in(rngs["dropout"], 0))
         decoded = self.model.apply(variables, codes, method="decode")
         kl = kl_to_uniform(logits).sum((1, 2)) / colours(pictures)
-        metrics = means({"nll": nll(decoded, pictures), "kl": kl}, batch, normalizers)
-        return metrics["nll"] + beta * metrics["kl"], (metrics, extra)
+        each = {"nll": nll(decoded, pictures), "kl": kl}
+        if self.balance:
+            use = nn.softmax(logits).mean((1, 2))
+            extra = {"use": moved(extra["use"], use, batch, normalizers)}
+            excess = jnp.log(jnp.maximum(extra["use"] * use.shape[-1], 1e-3))
+            each["use_kl"] = use @ excess * math.prod(logits.shape[1:3]) / colours(pictures)
+        metrics = means(each, batch, normalizers)
+        total = metrics["nll"] + beta * metrics["kl"]
+        if self.balance:
+            total = total + self.balance * metrics["use_kl"]
+        return total, (metrics, extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,3 +180,12 @@ def means(each: dict[str, Float[Array, " B"]], batch: Batch, normalizers: Scalar
     """Over the whole batch's pictures, from some rows of it."""
     weights = batch["loss_weights"]
     return {name: (x * weights).sum() / normalizers["pictures"] for name, x in each.items()}
+
+
+def moved(
+    average: Float[Array, " V"], use: Float[Array, "B V"], batch: Batch, normalizers: Scalars
+) -> Float[Array, " V"]:
+    """The moving average after these rows, a constant for the gradient; a whole batch moves it a
+    tenth of the way."""
+    weights = batch["loss_weights"] / normalizers["pictures"]
+    return average + 0.1 * weights @ jax.lax.stop_gradient(use - average)

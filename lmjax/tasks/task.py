@@ -95,8 +95,10 @@ def traced_flops(task: Task, batch: Mapping[str, jax.ShapeDtypeStruct]) -> float
     """`Task.flops` by tracing the loss, for models whose products make no short formula: forwards,
     and twice backwards."""
 
-    def loss(params, batch, key):
-        return task.loss(params, {}, batch, task.normalizers(batch), {"dropout": key}, 0)[0]
+    def loss(params, extra, batch, key):
+        normalizers = task.normalizers(batch)
+        return task.loss(params, extra, batch, normalizers, {"dropout": key}, 0)[0]
 
-    params = jax.eval_shape(lambda: task.init(jax.random.key(0))[0])
-    return 3 * product_flops(jax.make_jaxpr(loss)(params, batch, jax.random.key(0)))
+    key = jax.random.key(0)
+    params, extra = jax.eval_shape(lambda: task.init(key)[::2])
+    return 3 * product_flops(jax.make_jaxpr(loss)(params, extra, batch, key))

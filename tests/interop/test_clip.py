@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.numpy import save_file
 from transformers import CLIPConfig as TheirConfig
@@ -149,12 +150,29 @@ def test_loss_and_gradients(theirs, ours, batch):
 def test_export(theirs, ours, tmp_path):
     model, params, _ = ours
     interop.save_pretrained(tmp_path / "again", model.config, params)
+    assert Tensors(tmp_path / "again").shape("logit_scale") == ()
     again = CLIPModel.from_pretrained(tmp_path / "again")
     for name, tensor in theirs.state_dict().items():
         np.testing.assert_array_equal(again.state_dict()[name], tensor, err_msg=name)
     assert again.config.text_config.eos_token_id == END
     assert again.config.text_config.hidden_act == "quick_gelu"
     assert interop.config_from_json(read_json(tmp_path / "again" / "config.json")) == model.config
+
+
+def test_tokenizers(ours, tmp_path):
+    """OpenAI's tokens begin and end a text; its older files are not read as GPT-2's."""
+    vocabulary = {"a": 0, "a</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
+    model = tokenizers.models.BPE(vocabulary, [], end_of_word_suffix="</w>")
+    whole = tokenizers.Tokenizer(model)
+    whole.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    model.save(str(tmp_path))
+    assert (tmp_path / "merges.txt").is_file() and interop.load_tokenizer(tmp_path) is None
+    whole.save(str(tmp_path / "tokenizer.json"))
+    found = interop.load_tokenizer(tmp_path)
+    assert (found.bos_id, found.eos_id) == (2, 3)
+    model, params, _ = ours
+    interop.save_pretrained(tmp_path / "saved", model.config, params, found)
+    assert lmjax.load(tmp_path / "saved").tokenizer.sha256 == found.sha256
 
 
 def test_every_setting_survives_a_config_json():

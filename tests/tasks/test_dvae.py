@@ -85,6 +85,28 @@ def test_the_loss_is_that_of_the_paper(params, step, beta, temperature):
     assert metrics["kl"] == pytest.approx(kl.mean() / colours, rel=1e-4)
 
 
+def test_the_balance_of_codes(params):
+    """Relative to their use so far, of which a batch is a tenth; rows that fill up have no part."""
+    task, own = dataclasses.replace(SOFT, balance=3.0), params["gumbel"]
+    batch = pictures(4) | {"loss_weights": np.float32([1, 0, 1, 1])}
+    before = np.random.default_rng(0).dirichlet(np.ones(7)).astype(np.float32)
+
+    def run(params, extra, batch):
+        key = {"dropout": jax.random.key(3)}
+        return task.loss(params, extra, batch, task.normalizers(batch), key, 5)
+
+    value, (metrics, extra) = jax.jit(run, compiler_options=QUICKLY)(own, {"use": before}, batch)
+    logits = apply(task, own, "encode", np.float32(batch["pictures"][[0, 2, 3]]) / 255)
+    use = scipy.special.softmax(np.float64(logits), -1).mean((0, 1, 2))
+    after = 0.9 * before + 0.1 * use
+    np.testing.assert_allclose(extra["use"], after, rtol=1e-4)
+    places, colours = 2 * 2, 8 * 8 * 3
+    use_kl = float(metrics["use_kl"])
+    assert use_kl == pytest.approx((use * np.log(7 * after)).sum() * places / colours, rel=1e-3)
+    without = losses(SOFT, own, batch, 5)[0]
+    assert float(value) - without == pytest.approx(3 * use_kl, abs=1e-5)
+
+
 def test_the_loss_of_the_nearest_code(params):
     batch, own = pictures(3), params["nearest"]
     vectors = apply(HARD, own, "encoder_output", np.float32(batch["pictures"]) / 255)
@@ -184,6 +206,8 @@ def test_half_cosine():
 def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match="temperature is .*, expected more than 0"):
         GumbelSoftmax(SOFT.model, temperature=HalfCosine(1, 0, 5))
+    with pytest.raises(ValueError, match="balance is -1"):
+        GumbelSoftmax(SOFT.model, balance=-1)
     with pytest.raises(ValueError, match=r"tasks.dvae.Nearest trains"):
         GumbelSoftmax(HARD.model)
     with pytest.raises(ValueError, match="set DVAEConfig.nearest"):
