@@ -15,6 +15,7 @@ from lmjax.data.fast_tokenizers import FastTokenizer
 from lmjax.data.tokenizers import Tokenizer, load_tokenizer
 from lmjax.interop import bart as bart_interop
 from lmjax.interop import bert as bert_interop
+from lmjax.interop import clip as clip_interop
 from lmjax.interop import gpt2 as gpt2_interop
 from lmjax.interop import mapping
 from lmjax.interop import t5 as t5_interop
@@ -22,6 +23,7 @@ from lmjax.interop import xlnet as xlnet_interop
 from lmjax.interop.safetensors import CONFIG, Tensors, local_directory, read_json
 from lmjax.models.bart import Bart, BartConfig
 from lmjax.models.bert import Bert, BertConfig
+from lmjax.models.clip import CLIP, CLIPConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
@@ -84,6 +86,14 @@ _XLNET = System(
     xlnet_interop.import_params,
     xlnet_interop.load_tokenizer,
 )
+_CLIP = System(
+    CLIPConfig,
+    CLIP,
+    clip_interop.parameter_shapes,
+    clip_interop.config_from_json,
+    clip_interop.import_params,
+    clip_interop.load_tokenizer,
+)
 SYSTEMS = {
     "t5": _T5,
     "mt5": _T5,
@@ -92,6 +102,7 @@ SYSTEMS = {
     "roberta": _BERT,
     "bart": _BART,
     "xlnet": _XLNET,
+    "clip": _CLIP,
 }
 """By the `model_type` of a config.json, Hugging Face's or a run's."""
 

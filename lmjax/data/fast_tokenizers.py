@@ -28,7 +28,7 @@ SPECIAL = {
 }
 ROLES = {
     "pad": ("<pad>", "[PAD]"),
-    "bos": ("<s>", "[CLS]", "<|endoftext|>"),
+    "bos": ("<s>", "[CLS]", "<|startoftext|>", "<|endoftext|>"),
     "eos": ("<eod>", "</s>", "[SEP]", "<|endoftext|>"),
     "cls": ("<cls>", "<s>", "[CLS]", "<|endoftext|>"),
     "sep": ("<sep>", "</s>", "[SEP]", "<|endoftext|>"),

@@ -179,7 +179,7 @@ def write_tensors(
     for key, tensor in tensors:
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
             write_shard()
-        shard[key] = np.ascontiguousarray(tensor)
+        shard[key] = np.asarray(tensor, order="C")  # unlike ascontiguousarray, leaves scalars so
         total += tensor.nbytes
     write_shard()
 

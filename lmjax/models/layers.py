@@ -1,6 +1,7 @@
 """Primitives that several models share: parameters, products, attention, norms, stacks of layers.
 
-Axes: B batch, T query length, S key length, D width, N heads, H head width, I/O any two widths.
+Axes: B batch, T query length, S key length, D width, N heads, H head width, I/O any two widths,
+R pixels a side of a picture, P pixels a side of a patch of it.
 """
 
 import dataclasses
@@ -46,12 +47,13 @@ class Execution:
 
 
 def check_config(config, *sizes: str) -> None:
-    """Raises ValueError for sizes that are not positive or a dropout that is no probability."""
+    """Raises ValueError for sizes that are not positive or a dropout, if there is one, that is no
+    probability."""
     name = type(config).__name__
     for size in sizes:
         if getattr(config, size) < 1:
             raise ValueError(f"{name}.{size} is {getattr(config, size)}, not a positive size")
-    if not 0 <= config.dropout < 1:
+    if not 0 <= getattr(config, "dropout", 0) < 1:
         raise ValueError(f"{name}.dropout is {config.dropout}, not in [0, 1)")
 
 
@@ -71,6 +73,16 @@ def check_heads(config) -> None:
         raise ValueError(
             f"{type(config).__name__}.width is {config.width}, which does not divide into"
             f" {config.heads} heads"
+        )
+
+
+def check_pictures(pictures: Array, config) -> None:
+    """Raises ValueError for pictures that are not of the config's size."""
+    expected = [config.size, config.size, 3]
+    if list(pictures.shape[1:]) != expected:
+        raise ValueError(
+            f"pictures are {list(pictures.shape[1:])}, but {type(config).__name__}.size calls for"
+            f" {expected}: resize them, or train with another size"
         )
 
 
@@ -172,6 +184,13 @@ def affine(
     return dense(x, kernel) + weight(
         module, f"{name}_bias", nn.initializers.zeros, **{outputs: length}
     )
+
+
+def fold(x: Float[Array, "B R R I"], patch: int) -> Float[Array, "B H W I*P*P"]:
+    """Each square of P x P pixels as the channels of one place, colour by colour."""
+    batch, rows, columns, channels = x.shape
+    x = x.reshape(batch, rows // patch, patch, columns // patch, patch, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, rows // patch, columns // patch, -1)
 
 
 def split_heads(x: Float[Array, "B T N*H"], heads: int) -> Float[Array, "B T N H"]:

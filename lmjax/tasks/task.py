@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from lmjax.sharding.flops import product_flops
 
 Params = dict[str, Any]  # a nested dict of arrays
 Batch = Mapping[str, Array]  # arrays whose first axis is the batch
@@ -30,7 +33,8 @@ class Task(Protocol):
 
     A loss is a sum over examples divided by a normalizer known before the backward pass, so that
     the losses (and gradients) of micro-batches, devices and hosts add up to those of the whole
-    batch exactly.
+    batch exactly. A task whose loss compares the rows of a batch with each other says so by an
+    attribute `couples_rows` that is True: it is then always computed from the whole batch.
     """
 
     def init(self, rng: PRNGKeyArray) -> Initial:
@@ -90,3 +94,23 @@ def decay_labels(params: Params) -> Any:
         return "no_decay" if name in ("scale", "bias") or name.endswith("_bias") else "decay"
 
     return jax.tree.map_with_path(label, params)
+
+
+def as_floats(
+    pictures: Float[Array, "B R R 3"] | UInt8[Array, "B R R 3"],
+) -> Float[Array, "B R R 3"]:
+    """Pictures of a batch, from 0 to 1."""
+    return pictures / 255 if pictures.dtype == jnp.uint8 else pictures
+
+
+def traced_flops(task: Task, batch: Mapping[str, jax.ShapeDtypeStruct]) -> float:
+    """`Task.flops` by tracing the loss, for models whose products make no short formula: forwards,
+    and twice backwards."""
+
+    def loss(params, extra, batch, key):
+        normalizers = task.normalizers(batch)
+        return task.loss(params, extra, batch, normalizers, {"dropout": key}, 0)[0]
+
+    key = jax.random.key(0)
+    params, extra = jax.eval_shape(lambda: (task.init(key).params, task.init(key).extra))
+    return 3 * product_flops(jax.make_jaxpr(loss)(params, extra, batch, key))

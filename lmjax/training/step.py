@@ -239,8 +239,10 @@ def prepare(
     """The step of this task and optimizer, and its state, as `layout` divides it.
 
     Raises:
-        ValueError: strategy pmap for what it cannot do.
+        ValueError: strategy pmap for what it cannot do, or a part of a batch at a time for a task
+            that needs all of it.
     """
+    check_whole_batch(task, layout, microbatches)
     params, axes, _, extra_axes = abstract_init(task)
     transformation = optimizer.transformation(axes, task.labels(params))
     build = functools.partial(init_state, task, transformation, averaging is not None, seed)
@@ -277,6 +279,24 @@ def refuse_for_pmap(extra_axes: dict[str, Axes]) -> None:
         raise ValueError(
             "strategy pmap is for one process, and for tasks that carry no arrays along but those"
             " of their rows: choose dp, which divides the same things"
+        )
+
+
+def check_whole_batch(task: Task, layout: Layout, microbatches: int) -> None:
+    """Raises ValueError if a task that compares a batch's rows would get only some of them."""
+    if not getattr(task, "couples_rows", False):
+        return
+    name = type(task).__name__
+    if microbatches > 1:
+        raise ValueError(
+            f"the loss of {name} compares all rows of a batch with each other, so it is not the sum"
+            f" of {microbatches} micro-batches' losses: leave fit.microbatches at 1, and choose a"
+            " smaller batch, execution.remat full or strategy fsdp to need less memory"
+        )
+    if layout.strategy is PMAP and layout.mesh.size > 1:
+        raise ValueError(
+            f"the loss of {name} compares all rows of a batch with each other, but under strategy"
+            " pmap each device sees only its own: choose dp, which divides the same things"
         )
 
 
