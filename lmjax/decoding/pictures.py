@@ -38,7 +38,7 @@ def draw(
     `top` holds the codes of the first rows of tokens, or of a part of one, where pictures are to be
     completed. Captions are read once for all their pictures. Compiled once for each shape, model
     and setting; other parameters reuse the program. Sampling draws each picture with a key of its
-    own, so the others make no difference to it but by their number.
+    own, so that the other captions make no difference to it.
 
     Raises ValueError for captions that are too long, settings out of range, or no key to sample
     with.

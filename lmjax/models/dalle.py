@@ -309,7 +309,7 @@ def cached_attention(
 ) -> Float[Array, "rows T N H"]:
     """Attention of image positions from each row's `length` on, which are in the state already.
 
-    Of the past only as much is read as any of them may see. Rows that share a text read it together.
+    Of the past only as much is read as any of them may see. Rows that share a text read it at once.
     """
     new, room = q.shape[1], config.image_length
     window = min(config.image_reach(kind) + new, room)
@@ -447,9 +447,7 @@ class DALLE(nn.Module):
         inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=c.start)
         return self.embed(inputs, jnp.arange(length))
 
-    def embed(
-        self, inputs: Int[Array, "B T"], places: Int[Array, "*B T"]
-    ) -> Float[Array, "B T D"]:
+    def embed(self, inputs: Int[Array, "B T"], places: Int[Array, "*B T"]) -> Float[Array, "B T D"]:
         c = self.config
         image = (self.rows[:, None] + self.columns).reshape(-1, c.width)
         x = lookup(self.embedding, inputs) + jnp.concatenate([self.positions, image])[places]
