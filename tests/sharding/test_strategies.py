@@ -29,19 +29,24 @@ from lmjax.training.optimizers import AdamW
 from lmjax.training.schedules import Constant
 from lmjax.training.state import abstract_parameters
 from lmjax.training.step import arrange, prepare
-from tests.sharding.on_devices import LAYOUTS, MODELS
+from tests.sharding.on_devices import LAYOUTS, MODELS, UNLIKE
 from tests.training.toy import Regression
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def trained(request):
-    """(model, what every layout made of it), from a process that has eight devices."""
-    command = [sys.executable, "-m", "tests.sharding.on_devices", request.param]
+def on_devices(*arguments):
+    """What layouts make of a model, from a process that has eight devices."""
+    command = [sys.executable, "-m", "tests.sharding.on_devices", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def trained(request):
+    """(model, what every layout made of it)"""
+    results = on_devices(request.param)
     return request.param, results, results.pop("planned")
 
 
@@ -53,6 +58,14 @@ def test_every_layout_trains_as_one_device_does(trained):
         np.testing.assert_allclose(result["losses"], alone["losses"], rtol=5e-6, err_msg=name)
         np.testing.assert_allclose(result["grad_norm"], alone["grad_norm"], rtol=2e-6)
     assert alone["losses"][-1] < 0.9 * alone["losses"][0]
+
+
+@pytest.mark.parametrize("model", UNLIKE)
+def test_models_of_unlike_layers_train_as_on_one_device(model):
+    alone, divided = on_devices(model, "one device", "fsdp_tp, length").values()
+    np.testing.assert_allclose(divided["losses"], alone["losses"], rtol=5e-6)
+    np.testing.assert_allclose(divided["grad_norm"], alone["grad_norm"], rtol=2e-6)
+    assert alone["losses"][-1] < 0.9 * alone["losses"][0] and divided["constraints"] > 10
 
 
 def test_a_plan_is_what_is_executed(trained):
