@@ -311,18 +311,29 @@ def cached_attention(
 
     Of the past only as much is read as any of them may see. Rows that share a text read it at once.
     """
-    new, room = q.shape[1], config.image_length
-    window = min(config.image_reach(kind) + new, room)
-    first = jnp.clip(length - config.image_reach(kind), 0, room - window)
-    cut = jax.vmap(jax.lax.dynamic_slice_in_dim, (0, 0, None, None))
-    past = KeyValue(*(cut(x, first, window, 1) for x in state.past)).swapped()
-    queries, keys = length[:, None] + jnp.arange(new), first[:, None] + jnp.arange(window)
+    queries = length[:, None] + jnp.arange(q.shape[1])
+    keys = seen_positions(config, kind, queries)
+    past = KeyValue(
+        *(jnp.take_along_axis(x, keys[:, None, :, None], axis=2) for x in state.past)
+    ).swapped()
     seen = sees(config, kind, queries[:, :, None], keys[:, None, :])
 
     texts = state.memory.keys.shape[0]
     q_lines, *past, seen = (x.reshape(texts, -1, *x.shape[1:]) for x in (q, *past, seen))
     context = joint_attention(q_lines, state.memory.swapped(), KeyValue(*past), seen[:, None])
     return context.reshape(q.shape)
+
+
+def seen_positions(
+    config: DALLEConfig, kind: Kind, queries: Int[Array, "rows T"]
+) -> Int[Array, "rows K"]:
+    """Image positions among which are all that any of these consecutive ones see."""
+    first, new = queries[:, :1], queries.shape[1]
+    if kind == "column" and new == 1:
+        return first % config.grid + config.grid * jnp.arange(config.grid)
+    reach, room = config.image_reach(kind), config.image_length
+    window = min(reach + new, room)
+    return jnp.clip(first - reach, 0, room - window) + jnp.arange(window)
 
 
 # --- the model

@@ -6,11 +6,10 @@ A batch has `captions` [B, T] in the tokenizer's ids, `captions_lengths` [B], `i
 
 import dataclasses
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lmjax.models.dalle import caption_tokens
+from lmjax.models.dalle import DALLE, caption_tokens
 from lmjax.models.layers import unboxed
 from lmjax.tasks.losses import cross_entropy
 from lmjax.tasks.task import Batch, decay_labels
@@ -25,7 +24,7 @@ class TextToImage:
     the output matrix, image among image rows.
     """
 
-    model: nn.Module
+    model: DALLE
     text_weight: float = 1 / 8
     """Of the text in the loss; the image has the rest."""
 
@@ -47,15 +46,17 @@ class TextToImage:
         c, variables, tokens = self.model.config, {"params": params}, self.tokens(batch)
         features = self.model.apply(variables, tokens, method="features", rngs=rngs)
         matrix = self.model.apply(variables, method="output_matrix")
+        text_features, image_features = jnp.split(features, [c.text_length], axis=1)
+        text, image = jnp.split(tokens, [c.text_length], axis=1)
+        image_rows, text_rows = jnp.split(matrix, [c.image_vocab])
         parts = {
-            "text": (slice(None, c.text_length), slice(c.image_vocab, None), self.text_weight),
-            "image": (slice(c.text_length, None), slice(c.image_vocab), 1 - self.text_weight),
+            "text": (self.text_weight, text_features, text_rows, text - c.image_vocab),
+            "image": (1 - self.text_weight, image_features, image_rows, image),
         }
         total, metrics = jnp.zeros(()), {}
-        for name, (positions, rows, share) in parts.items():
-            targets = tokens[:, positions] - (rows.start or 0)
+        for name, (share, own_features, rows, targets) in parts.items():
             weights = jnp.broadcast_to(batch["loss_weights"][:, None], targets.shape)
-            own, sums = cross_entropy(features[:, positions], matrix[rows], targets, weights)
+            own, sums = cross_entropy(own_features, rows, targets, weights)
             total += share * own / normalizers[name]
             metrics[f"{name}_nll"] = sums["nll"] / normalizers[name]
             metrics[f"{name}_accuracy"] = sums["correct"] / normalizers[name]

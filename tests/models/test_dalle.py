@@ -15,6 +15,7 @@ from lmjax.models.dalle import (
     DALLEConfig,
     Layer,
     caption_tokens,
+    extend,
     extender,
     layer_parameters,
     mask,
@@ -131,7 +132,7 @@ def explicit_mask(kind, config):
     return seen
 
 
-@pytest.mark.parametrize(("grid", "extent"), [(1, 1), (2, 1), (4, 3), (5, 5), (8, 3), (7, 7)])
+@pytest.mark.parametrize(("grid", "extent"), [(1, 1), (2, 1), (4, 3), (7, 7)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks(kind, grid, extent):
     config = dataclasses.replace(TINY, grid=grid, conv_extent=extent)
@@ -162,7 +163,7 @@ def heads(config, rows=2):
     return jax.random.normal(jax.random.key(3), (3, *shape))
 
 
-@pytest.mark.parametrize(("grid", "extent"), [(1, 1), (4, 3), (7, 5)])
+@pytest.mark.parametrize(("grid", "extent"), [(1, 1), (4, 3), (6, 5)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_masked_attention(kind, grid, extent):
     config = dataclasses.replace(TINY, grid=grid, conv_extent=extent)
@@ -377,31 +378,31 @@ def decoder(config):
     """The state after the texts of `drawings`, and a compiled `extend`."""
     model, params = DALLE(config), params_of(config)
     start = jax.jit(start_decoding, static_argnums=(0, 3), compiler_options=QUICKLY)
-    extend = jax.jit(extender(model, params), compiler_options=QUICKLY)
-    return start(model, params, drawings(config)[0], SAMPLES), extend
+    run = jax.jit(extender(model, params), compiler_options=QUICKLY)
+    return start(model, params, drawings(config)[0], SAMPLES), run
 
 
 @pytest.mark.parametrize("sizes", [[1] * 16, [3, 1, 6, 6]])
 def test_extending_in_pieces_is_the_full_pass(sizes):
     """Of pictures that share the memory of their caption."""
-    (_, inputs, expected), (state, extend) = drawings(TINY), decoder(TINY)
+    (_, inputs, expected), (state, run) = drawings(TINY), decoder(TINY)
     assert state.layers[0].memory.keys.shape == (TEXTS, 2, 5, 8)
     assert state.layers[0].past.keys.shape == (TEXTS * SAMPLES, 2, 16, 8)
     logits = []
     for piece in jnp.split(inputs, np.cumsum(sizes)[:-1], axis=1):
-        new, state = extend(piece, state)
+        new, state = run(piece, state)
         logits.append(new)
     assert (state.length == 16).all()
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), expected, atol=2e-5)
 
 
 def test_rows_may_have_read_different_lengths():
-    (_, inputs, expected), (state, extend) = drawings(TINY), decoder(TINY)
+    (_, inputs, expected), (state, run) = drawings(TINY), decoder(TINY)
     for start in (0, 6):
-        _, state = extend(inputs[:, start : start + 6], state)
+        _, state = run(inputs[:, start : start + 6], state)
     read = np.array([11, 6, 0, 3, 12, 8])
     positions = read[:, None] + np.arange(3)
-    logits, state = extend(
+    logits, state = run(
         jnp.take_along_axis(inputs, positions, 1), state._replace(length=jnp.asarray(read))
     )
     expected = jnp.take_along_axis(expected, positions[..., None], 1)
@@ -418,7 +419,7 @@ def test_gradients_reach_the_state():
     state = jax.tree.map(lambda x: jnp.full(x.shape, 4, x.dtype), start)
 
     def loss(layers):  # after a row of the image
-        return extender(model, params)(image[:, 3:4], state._replace(layers=layers))[0].std()
+        return extend(model, params, image[:, 3:4], state._replace(layers=layers))[0].std()
 
     gradients = jax.jit(jax.grad(loss), compiler_options=QUICKLY)(state.layers)
     for layer in gradients:
