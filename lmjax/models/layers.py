@@ -143,17 +143,25 @@ def stack(
     the layers, of which it sees its own entry, and `inputs` arguments that every layer shares. It
     returns `(activations, what to stack over the layers or None)`.
     """
-    policy = REMAT_POLICIES[execution.remat]
-    if policy is not None:
-        layer = nn.remat(layer, policy=policy, prevent_cse=False)
     return nn.scan(
-        layer,
+        rematerialised(layer, execution, prevent_cse=False),
         length=length,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0,) * own_inputs + (nn.broadcast,) * inputs,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def rematerialised(
+    layer: type[nn.Module], execution: Execution, prevent_cse: bool = True
+) -> type[nn.Module]:
+    """The layer, forgetting and computing again what `execution` says. A scan needs nothing to keep
+    the compiler from finding both computations equal."""
+    policy = REMAT_POLICIES[execution.remat]
+    if policy is None:
+        return layer
+    return nn.remat(layer, policy=policy, prevent_cse=prevent_cse)
 
 
 def unstacked(params, layers: int) -> list:

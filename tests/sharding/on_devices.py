@@ -1,6 +1,8 @@
 """Trains a small model on eight devices that this process pretends to have.
 
-python -m tests.sharding.on_devices NAME      prints JSON: for each layout its losses, and bytes
+python -m tests.sharding.on_devices MODEL LAYOUT...
+
+prints JSON: for each layout its losses, and bytes; and what a plan says of one of them.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ import numpy as np
 
 from lmjax.models.bart import Bart, BartConfig
 from lmjax.models.bert import Bert, BertConfig
+from lmjax.models.dalle import DALLE, DALLEConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
@@ -26,6 +29,7 @@ from lmjax.tasks.causal import Causal
 from lmjax.tasks.masked import Masked
 from lmjax.tasks.permuted import Permuted
 from lmjax.tasks.seq2seq import Seq2Seq
+from lmjax.tasks.text_to_image import TextToImage
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import bytes_per_device
 from lmjax.training.schedules import Constant
@@ -71,8 +75,17 @@ BART_SIZES = BartConfig(
     dropout=0.0,
     attention_dropout=0.0,
 )
-
-
+DALLE_SIZES = DALLEConfig(
+    text_vocab=1_000,
+    text_length=8,
+    image_vocab=500,
+    grid=6,
+    layers=2,
+    width=124,
+    heads=31,
+    feed_forward=512,
+    conv_extent=3,
+)
 XLNET_SIZES = XLNetConfig(
     vocab=1_005,
     layers=2,
@@ -140,6 +153,17 @@ def permuted(config) -> dict[str, np.ndarray]:
     return batch | {name: array.astype(np.int32) for name, array in more.items()}
 
 
+def pictures(config) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "captions": rng.integers(0, config.text_vocab, (ROWS, config.text_length - 1)),
+        "captions_lengths": rng.integers(1, config.text_length, ROWS),
+        "image_tokens": rng.integers(0, config.image_vocab, (ROWS, config.image_length)),
+    }
+    arrays = {name: array.astype(np.int32) for name, array in arrays.items()}
+    return {**arrays, "loss_weights": (np.arange(ROWS) % 5 > 0).astype(np.float32)}
+
+
 # Every model has a line here, and one with a shape that divides by nothing.
 MODELS = {
     "t5": (t5(EVEN, "matmuls"), Adafactor(Constant(0.03)), text_to_text(EVEN)),
@@ -168,6 +192,11 @@ MODELS = {
         AdamW(Constant(3e-3)),
         permuted(XLNET_SIZES),
     ),
+    "dalle": (
+        TextToImage(DALLE(DALLE_SIZES, Execution("float32", "full"))),
+        AdamW(Constant(3e-3)),
+        pictures(DALLE_SIZES),
+    ),
 }
 LAYOUTS = {
     "one device": ("dp", MeshOptions(), 1),
@@ -180,6 +209,7 @@ LAYOUTS = {
     "fsdp_tp": ("fsdp_tp", MeshOptions(fsdp=2, model=2), 8),
     "fsdp_tp, width": ("fsdp_tp", MeshOptions(fsdp=4, model=2, activations="width"), 8),
     "fsdp_tp, length": ("fsdp_tp", MeshOptions(fsdp=2, model=4, activations="length"), 8),
+    "fsdp_tp, accumulated": ("fsdp_tp", MeshOptions(fsdp=2, model=2), 8, 2),
 }
 
 
@@ -250,12 +280,9 @@ def planned_beside_executed(task, optimizer, rows, strategy, options) -> dict:
 def main() -> None:
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # read at the first use
     jax.config.update("jax_platforms", "cpu")
-    task, optimizer, rows = MODELS[sys.argv[1]]
-    results = {name: train(task, optimizer, rows, *how) for name, how in LAYOUTS.items()}
-    results["fsdp_tp, accumulated"] = train(
-        task, optimizer, rows, *LAYOUTS["fsdp_tp"], microbatches=2
-    )
-    results["planned"] = planned_beside_executed(task, optimizer, rows, *LAYOUTS["fsdp_tp"][:2])
+    model, *names = sys.argv[1:]
+    results = {name: train(*MODELS[model], *LAYOUTS[name]) for name in names}
+    results["planned"] = planned_beside_executed(*MODELS[model], *LAYOUTS["fsdp_tp"][:2])
     print(json.dumps(results))
 
 

@@ -1,0 +1,106 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.models.dalle import DALLE, DALLEConfig, caption_tokens
+from lmjax.sharding.flops import product_flops
+from lmjax.tasks.text_to_image import TextToImage
+from lmjax.training.state import abstract_parameters
+
+TINY = DALLEConfig(
+    text_vocab=11,
+    text_length=6,
+    image_vocab=9,
+    grid=3,
+    layers=5,
+    width=16,
+    heads=2,
+    feed_forward=24,
+    conv_extent=3,
+)
+TASK = TextToImage(DALLE(TINY))
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+
+@functools.cache
+def prepared():
+    """(parameters, axes), the parameters random and large enough that losses differ."""
+    shapes, axes = abstract_parameters(TASK)
+    rng = np.random.default_rng(2)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes
+    ), axes
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "captions": rng.integers(0, 11, (4, 5)),
+        "captions_lengths": np.array([5, 2, 3, 1]),
+        "image_tokens": rng.integers(0, 9, (4, 9)),
+        "loss_weights": np.array([1.0, 1, 0, 1], np.float32),
+    }
+
+
+@functools.partial(jax.jit, compiler_options=QUICKLY)
+def evaluate(batch, normalizers):
+    return TASK.evaluate(prepared()[0], {}, batch, normalizers)
+
+
+def test_the_loss_weighs_the_means_of_text_and_image():
+    """Over all positions of the rows that count, padding too, each among its own vocabulary."""
+    rows = batch()
+    text = caption_tokens(TINY, rows["captions"], rows["captions_lengths"])
+    tokens = np.concatenate([text, rows["image_tokens"]], axis=1)
+    apply = jax.jit(DALLE(TINY).apply, compiler_options=QUICKLY)
+    logits = apply({"params": prepared()[0]}, tokens)
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
+    right = logits.argmax(-1) == tokens
+    counted = np.array([0, 1, 3])
+
+    found = evaluate(rows, TASK.normalizers(rows))
+    for name, part in {"text": slice(6), "image": slice(6, None)}.items():
+        np.testing.assert_allclose(found[f"{name}_nll"], nll[counted, part].mean(), rtol=1e-5)
+        np.testing.assert_allclose(
+            found[f"{name}_accuracy"], right[counted, part].mean(), rtol=1e-5
+        )
+    expected = found["text_nll"] / 8 + found["image_nll"] * 7 / 8
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-6)
+
+
+def test_pieces_of_a_batch_add_up():
+    rows = batch()
+    normalizers = TASK.normalizers(rows)
+    pieces = [evaluate({k: x[i : i + 2] for k, x in rows.items()}, normalizers) for i in (0, 2)]
+    for name, whole in evaluate(rows, normalizers).items():
+        np.testing.assert_allclose(sum(piece[name] for piece in pieces), whole, rtol=1e-5)
+
+
+def test_flops_are_those_of_the_products():
+    rows = batch()
+    normalizers = TASK.normalizers(rows)
+
+    def loss(params):
+        return TASK.loss(params, {}, rows, normalizers, {}, 0)[0]
+
+    counted = product_flops(jax.make_jaxpr(jax.grad(loss))(prepared()[0]))
+    assert TASK.flops({name: x.shape for name, x in rows.items()}) == pytest.approx(counted)
+
+
+def test_axes_and_labels():
+    params, axes = prepared()
+    assert axes["blocks"]["layers_1"]["attention"]["query"] == ("layers", "embed", "heads")
+    assert axes["last_0"]["feed_forward"]["up"] == ("embed", "mlp")
+    labels = TASK.labels(params)
+    assert labels["rows"] == labels["output"] == "decay"
+    assert labels["blocks"]["layers_0"]["attention"]["query_bias"] == "no_decay"
+    assert labels["last_0"]["attention_norm"]["scale"] == "no_decay"
+
+
+def test_a_weight_that_is_no_share_is_refused():
+    with pytest.raises(ValueError, match="text_weight is 1.5"):
+        dataclasses.replace(TASK, text_weight=1.5)
