@@ -87,6 +87,7 @@ MINI = XLNetPretrain(
         memory=96,
         reuse=64,
         dropout=0.0,
+        init_scale=0.07,
     ),
     objective=PermutationLM(length=128, reuse=64, targets=21),
     data=TokenizedText(subwords="xlnet_unigram", vocab_size=4_096),

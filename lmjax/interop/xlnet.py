@@ -35,6 +35,7 @@ FIELDS = {
     "reuse": "reuse_len",
     "dropout": "dropout",
     "norm_epsilon": "layer_norm_eps",
+    "init_scale": "initializer_range",
 }
 ABSENT = {"d_model": 1_024, "n_layer": 24, "n_head": 16, "d_inner": 4_096}
 """What transformers takes where a config.json says nothing, if it is not what xlnet-base-cased

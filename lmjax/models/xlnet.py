@@ -55,8 +55,6 @@ from lmjax.models.layers import (
     whole_attention,
 )
 
-INIT = nn.initializers.normal(0.02)
-
 
 @dataclasses.dataclass(frozen=True)
 class XLNetConfig:
@@ -88,6 +86,8 @@ class XLNetConfig:
     """After the embedding, on sinusoids and attention weights, within and after sublayers, and on
     what comes out."""
     norm_epsilon: float = 1e-12
+    init_scale: float = 0.02
+    """Standard deviation of weights before training; narrow models learn faster with more."""
 
     def __post_init__(self):
         check_config(self, "vocab", "layers", "width", "heads", "feed_forward", "labels")
@@ -98,6 +98,8 @@ class XLNetConfig:
                 " width"
             )
         check_choices(self, "activation", "kind")
+        if not self.init_scale > 0:
+            raise ValueError(f"XLNetConfig.init_scale is {self.init_scale}, not above 0")
         if self.memory < 0 or (self.reuse is not None and self.reuse < 1):
             raise ValueError(
                 f"XLNetConfig.memory is {self.memory} and reuse {self.reuse}: expected 0 or more,"
@@ -107,6 +109,10 @@ class XLNetConfig:
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    @property
+    def init(self) -> nn.initializers.Initializer:
+        return nn.initializers.normal(self.init_scale)
 
     def training_flops(self, batch: int, length: int, predicted: int) -> float:
         """Floating-point operations of the products in one step: forwards, and twice backwards.
@@ -190,17 +196,17 @@ class Attention(nn.Module):
     execution: Execution
 
     def setup(self):
-        width = self.config.width
+        width, init = self.config.width, self.config.init
         into = {"embed": width, "heads": width}
-        self.query = weight(self, "query", INIT, **into)
-        self.key = weight(self, "key", INIT, **into)
-        self.value = weight(self, "value", INIT, **into)
-        self.distance = weight(self, "distance", INIT, **into)
-        self.out = weight(self, "out", INIT, heads=width, embed=width)
-        self.content_bias = weight(self, "content_bias", INIT, heads=width)
-        self.distance_bias = weight(self, "distance_bias", INIT, heads=width)
-        self.segment_bias = weight(self, "segment_bias", INIT, heads=width)
-        self.segments = weight(self, "segments", INIT, types=2, heads=width)
+        self.query = weight(self, "query", init, **into)
+        self.key = weight(self, "key", init, **into)
+        self.value = weight(self, "value", init, **into)
+        self.distance = weight(self, "distance", init, **into)
+        self.out = weight(self, "out", init, heads=width, embed=width)
+        self.content_bias = weight(self, "content_bias", init, heads=width)
+        self.distance_bias = weight(self, "distance_bias", init, heads=width)
+        self.segment_bias = weight(self, "segment_bias", init, heads=width)
+        self.segments = weight(self, "segments", init, types=2, heads=width)
 
     def read(self, x: Float[Array, "B S D"]) -> KeyValue:
         heads = self.config.heads
@@ -258,14 +264,14 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
-        hidden = affine(self, x, "up", INIT, embed=c.width, mlp=c.feed_forward)
+        hidden = affine(self, x, "up", c.init, embed=c.width, mlp=c.feed_forward)
         if c.activation == "relu":
             hidden = nn.relu(hidden)
         else:
             hidden = nn.gelu(hidden, approximate=c.activation == "tanh_gelu")
         hidden = constrain(hidden, "batch", "activation_length", "activation_mlp")
         hidden = dropout(self, hidden, c.dropout)
-        return affine(self, hidden, "down", INIT, mlp=c.feed_forward, embed=c.width)
+        return affine(self, hidden, "down", c.init, mlp=c.feed_forward, embed=c.width)
 
 
 class Layer(nn.Module):
@@ -345,8 +351,8 @@ class XLNet(nn.Module):
 
     def setup(self):
         c, e = self.config, self.execution
-        self.embedding = weight(self, "embedding", INIT, vocab=c.vocab, embed=c.width)
-        self.mask_embedding = weight(self, "mask_embedding", INIT, embed=c.width)
+        self.embedding = weight(self, "embedding", c.init, vocab=c.vocab, embed=c.width)
+        self.mask_embedding = weight(self, "mask_embedding", c.init, embed=c.width)
         self.layers = stack(Layer, c.layers, e, inputs=2, own_inputs=1)(c, e)
         match c.kind:
             case "lm":
@@ -354,12 +360,12 @@ class XLNet(nn.Module):
                     self, "output_bias", nn.initializers.zeros, "float32", vocab=c.vocab
                 )
             case "text_classifier":
-                self.pooler = Pooler(INIT, e)
-                self.classifier = Classifier(c.labels, INIT, e, c.dropout)
+                self.pooler = Pooler(c.init, e)
+                self.classifier = Classifier(c.labels, c.init, e, c.dropout)
             case "token_classifier":
-                self.classifier = Classifier(c.labels, INIT, e)
+                self.classifier = Classifier(c.labels, c.init, e)
             case "span":
-                self.classifier = Classifier(2, INIT, e)
+                self.classifier = Classifier(2, c.init, e)
 
     def __call__(
         self, inputs: Int[Array, "B T"], memory: Float[Array, "L B M D"] | None = None, **more

@@ -48,7 +48,7 @@ def batch():
 
 @functools.partial(jax.jit, compiler_options=QUICKLY)
 def evaluate(batch, normalizers):
-    return TASK.evaluate(prepared()[0], {}, batch, normalizers)
+    return TASK.evaluate(prepared()[0], {}, batch, normalizers)[0]
 
 
 def test_the_loss_weighs_the_means_of_text_and_image():
