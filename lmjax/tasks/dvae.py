@@ -88,28 +88,25 @@ class GumbelSoftmax(Autoencoding):
     `balance` departs from the paper, for runs that are short: without it a few codes are soon
     preferred everywhere and the others, never drawn, learn nothing. It adds the KL divergence of
     the codes' use over recent batches from the uniform distribution. That use is a moving average,
-    kept in `extra`, so the term's gradient is a sum over pictures: it lowers a code's logits
-    wherever they are by how much too often the code is used. Micro-batches move the average one
-    after the other, and so are not exactly one large batch then.
+    kept in `extra`, so the term is a sum over pictures: of how much too often each of their codes
+    is used. (Micro-batches move the average one after the other, and so are not exactly one batch.)
     """
 
     beta: HalfCosine = HalfCosine(0, 6.6, 5_000)
     """Weight of the KL divergence."""
     temperature: HalfCosine = HalfCosine(1, 1 / 16, 150_000)
-    balance: float = 0.0
-    """Weight of the codes' use, as beta is; 0 in the paper."""
+    balance: HalfCosine | None = None
+    """Weight of the divergence of the codes' use; None in the paper."""
 
     def __post_init__(self):
         if min(self.temperature.start, self.temperature.end) <= 0:
             raise ValueError(f"temperature is {self.temperature}, expected more than 0 throughout")
-        if not 0 <= self.balance < math.inf:
-            raise ValueError(f"balance is {self.balance}, expected 0 or more")
         if self.model.config.nearest:
             raise ValueError("DVAEConfig.nearest makes a VQ-VAE, which tasks.dvae.Nearest trains")
 
     def init(self, rng):
         initial, codes = super().init(rng), self.model.config.codes
-        if not self.balance:
+        if self.balance is None:
             return initial
         use = {"use": jnp.full(codes, 1 / codes)}
         return initial._replace(extra=use, extra_axes={"use": (None,)})
@@ -117,20 +114,20 @@ class GumbelSoftmax(Autoencoding):
     def loss(self, params, extra, batch, normalizers, rngs, step):
         variables, pictures = {"params": params}, as_floats(batch["pictures"])
         logits = self.model.apply(variables, pictures, method="encode")
-        temperature, beta = self.temperature(step), self.beta(step)
-        codes = gumbel_softmax(logits, temperature, jax.random.fold_in(rngs["dropout"], 0))
+        key = jax.random.fold_in(rngs["dropout"], 0)
+        codes = gumbel_softmax(logits, self.temperature(step), key)
         decoded = self.model.apply(variables, codes, method="decode")
         kl = kl_to_uniform(logits).sum((1, 2)) / colours(pictures)
         each = {"nll": nll(decoded, pictures), "kl": kl}
-        if self.balance:
-            use = nn.softmax(logits).mean((1, 2))
+        if self.balance is not None:
+            use = nn.softmax(logits).sum((1, 2))  # times the places of a grid
             extra = {"use": moved(extra["use"], use, batch, normalizers)}
-            excess = jnp.log(jnp.maximum(extra["use"] * use.shape[-1], 1e-3))
-            each["use_kl"] = use @ excess * math.prod(logits.shape[1:3]) / colours(pictures)
+            excess = jnp.log(self.model.config.codes * extra["use"] + 1e-3)
+            each["use_kl"] = (use * excess).sum(-1) / colours(pictures)
         metrics = means(each, batch, normalizers)
-        total = metrics["nll"] + beta * metrics["kl"]
-        if self.balance:
-            total = total + self.balance * metrics["use_kl"]
+        total = metrics["nll"] + self.beta(step) * metrics["kl"]
+        if self.balance is not None:
+            total += self.balance(step) * metrics["use_kl"]
         return total, (metrics, extra)
 
 
@@ -187,7 +184,10 @@ def means(each: dict[str, Float[Array, " B"]], batch: Batch, normalizers: Scalar
 def moved(
     average: Float[Array, " V"], use: Float[Array, "B V"], batch: Batch, normalizers: Scalars
 ) -> Float[Array, " V"]:
-    """The moving average after these rows, a constant for the gradient; a whole batch moves it a
-    tenth of the way."""
+    """The moving average of the codes' use after these rows, a constant to the gradient.
+
+    A whole batch moves it a tenth of the way.
+    """
+    frequencies = jax.lax.stop_gradient(use / use.sum(-1, keepdims=True))
     weights = batch["loss_weights"] / normalizers["pictures"]
-    return average + 0.1 * weights @ jax.lax.stop_gradient(use - average)
+    return average + 0.1 * (weights[:, None] * (frequencies - average)).sum(0)

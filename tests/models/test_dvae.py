@@ -27,7 +27,8 @@ from lmjax.models.layers import Execution, fold, unboxed
 
 # As published, but small: four groups of two blocks, seven pixels wide at first.
 TINY = DVAEConfig(size=16, codes=11, width=8, code_width=6)
-FOLDED = dataclasses.replace(TINY, patch=4, groups=2, blocks=1, kernel=3, least_log_scale=-2.0)
+FOLDED = dataclasses.replace(TINY, patch=4, groups=2, blocks=1, kernel=3, norms=True)
+FOLDED = dataclasses.replace(FOLDED, least_log_scale=-2.0)
 NEAREST = dataclasses.replace(FOLDED, nearest=True)
 PLAIN = Execution()
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -155,8 +156,7 @@ def test_small_ones_have_the_same_shapes(config):
     np.testing.assert_allclose(soft.location, location, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["matmuls", "full"])
-def test_gradients_do_not_depend_on_what_is_computed_again(remat):
+def test_gradients_do_not_depend_on_what_is_computed_again():
     params, pictures = params_of(FOLDED), pictures_of(FOLDED)
 
     def gradient(execution):
@@ -167,8 +167,8 @@ def test_gradients_do_not_depend_on_what_is_computed_again(remat):
 
         return jax.jit(jax.grad(loss), compiler_options=QUICKLY)(params)
 
-    both = gradient(PLAIN), gradient(Execution(remat=remat))
-    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(both[0]))
+    both = gradient(PLAIN), gradient(Execution(remat="matmuls"))
+    assert np.abs(both[0]["encoder"]["input"]).max() > 1e-4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *both)
 
 
@@ -187,19 +187,18 @@ def test_the_nearest_code_and_its_straight_gradient():
     again = applied(NEAREST, "decode", params, distances.argmin(-1))
     np.testing.assert_allclose(decoded.location, again.location, atol=1e-5)
 
-    def bound(params):
-        return DVAE(NEAREST).bind({"params": params})
+    def through(params, vectors):
+        bound = DVAE(NEAREST).bind({"params": params})
+        return bound.decode_nearest(vectors)[0].location.mean()
 
-    def through(vectors, params):
-        return bound(params).decode_nearest(vectors)[0].location.mean()
+    def at_the_code(params, vectors):
+        return DVAE(NEAREST).bind({"params": params}).decoder(vectors).location.mean()
 
-    def at_the_code(vectors, params):
-        return bound(params).decoder(vectors).location.mean()
-
-    gradients = jax.grad(through, argnums=(0, 1))(vectors, params)
-    np.testing.assert_allclose(gradients[0], jax.grad(at_the_code)(nearest, params), atol=1e-7)
-    assert np.abs(gradients[0]).max() > 0
-    assert not gradients[1]["decoder"]["codebook"].any()  # the codebook has losses of its own
+    both = [jax.jit(jax.grad(f, (0, 1)), compiler_options=QUICKLY) for f in (through, at_the_code)]
+    (own, straight), (_, expected) = both[0](params, vectors), both[1](params, nearest)
+    np.testing.assert_allclose(straight, expected, atol=1e-7)
+    assert np.abs(straight).max() > 0
+    assert not own["decoder"]["codebook"].any()  # the codebook has a loss of its own
 
 
 # --- pixels, likelihood, codes
