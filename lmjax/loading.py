@@ -1,6 +1,7 @@
 """`lmjax.load`: a model, its parameters and its tokenizer in one line, wherever they were kept."""
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,10 @@ from lmjax.interop.safetensors import CONFIG, Tensors, local_directory, read_jso
 from lmjax.models.bart import Bart, BartConfig
 from lmjax.models.bert import Bert, BertConfig
 from lmjax.models.clip import CLIP, CLIPConfig
+from lmjax.models.dalle import DALLE, DALLEConfig
+from lmjax.models.dvae import DVAE, DVAEConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
-from lmjax.models.layers import Execution
+from lmjax.models.layers import Execution, unboxed
 from lmjax.models.t5 import T5, T5Config
 from lmjax.models.xlnet import XLNet, XLNetConfig
 from lmjax.training import checkpoints
@@ -40,10 +43,10 @@ class System(NamedTuple):
     config: type
     module: Callable[[Any, Execution], nn.Module]
     parameter_shapes: Callable[[Any], dict[str, Any]]
-    # Of Hugging Face directories:
-    config_from_json: Callable[[dict[str, Any], str], Any]
-    import_params: Callable[[Any, Tensors], dict[str, Any]]
-    load_tokenizer: Callable[[Path], Tokenizer | None]
+    # Of Hugging Face directories, where there are such:
+    config_from_json: Callable[[dict[str, Any], str], Any] | None = None
+    import_params: Callable[[Any, Tensors], dict[str, Any]] | None = None
+    load_tokenizer: Callable[[Path], Tokenizer | None] | None = None
 
 
 _T5 = System(
@@ -94,6 +97,22 @@ _CLIP = System(
     clip_interop.import_params,
     clip_interop.load_tokenizer,
 )
+
+
+def _dvae_shapes(config: DVAEConfig) -> dict[str, Any]:
+    return _shapes(DVAE(config), jnp.zeros((1, config.size, config.size, 3)))
+
+
+def _dalle_shapes(config: DALLEConfig) -> dict[str, Any]:
+    return _shapes(DALLE(config), jnp.zeros((1, config.text_length), jnp.int32))
+
+
+def _shapes(model: nn.Module, example: jax.Array) -> dict[str, Any]:
+    return jax.eval_shape(lambda: unboxed(model.init(jax.random.key(0), example)["params"])[0])
+
+
+_DVAE = System(DVAEConfig, DVAE, _dvae_shapes)
+_DALLE = System(DALLEConfig, DALLE, _dalle_shapes)
 SYSTEMS = {
     "t5": _T5,
     "mt5": _T5,
@@ -103,6 +122,8 @@ SYSTEMS = {
     "bart": _BART,
     "xlnet": _XLNET,
     "clip": _CLIP,
+    "dvae": _DVAE,
+    "dalle": _DALLE,
 }
 """By the `model_type` of a config.json, Hugging Face's or a run's."""
 
@@ -165,10 +186,16 @@ def describe(path_or_repo: str | os.PathLike) -> Description:
     system = SYSTEMS[kind]
     if is_run:
         config, extra_ids = _of_run(system.config, content["identity"], directory)
-        tokenizer = load_tokenizer(directory / TOKENIZER, extra_ids)
+        has_tokenizer = (directory / TOKENIZER).exists()
+        tokenizer = load_tokenizer(directory / TOKENIZER, extra_ids) if has_tokenizer else None
         step = checkpoints.latest_step(directory)
         load_params = functools.partial(
             _restore_on_host, system.parameter_shapes, config, directory, step
+        )
+    elif system.config_from_json is None:
+        raise ValueError(
+            f"{directory} is no run's workdir, the only place that lmjax reads a {kind} from: train"
+            " one"
         )
     else:
         config = system.config_from_json(content, str(directory / CONFIG))
@@ -196,6 +223,15 @@ def _restore_on_host(
 
     target = jax.tree.map(host_array, parameter_shapes(config))
     return checkpoints.restore_params(directory, target, step)
+
+
+def fingerprint(params: dict[str, Any]) -> str:
+    """Of a model that another one is trained with: the SHA-256 of its parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _move_to_device(params) -> None:

@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from lmjax.data.batches import Batch, Batches, assemble
+from lmjax.data.picture_batches import PictureBatches, read_pictures, stack
+from lmjax.data.pictures import PictureData
+from lmjax.data.pixels import Crop
 from lmjax.data.text import Text, TokenizedText, read_text
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.loading import TOKENIZER, Description, describe
@@ -150,6 +153,37 @@ class TextRun(Run):
 
     def no_rows(self) -> Batch:
         return assemble([], self.objective.lengths)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureRun(Run):
+    """A run on pictures."""
+
+    data: PictureData
+
+    @abc.abstractmethod
+    def rows(self) -> Mapping[str, int]:
+        """The lengths of a batch's arrays, as `picture_batches.stack` takes them."""
+
+    def no_rows(self) -> Batch:
+        return stack([], self.rows())
+
+    def read_pictures(
+        self, start: Description | None, share: tuple[int, int], crop: Crop, size: int, **more: Any
+    ) -> PictureBatches:
+        """`picture_batches.read_pictures` with this run's settings and `more` of its arguments."""
+        return read_pictures(
+            self.data,
+            crop,
+            size,
+            batch=self.batch,
+            seed=self.seed,
+            workers=self.workers,
+            eval_batches=self.eval_batches,
+            tokenizer=None if start is None else start.tokenizer,
+            share=share,
+            **more,
+        )
 
 
 HOW_IT_RUNS = frozenset(

@@ -55,6 +55,7 @@ class CaptionEncoder:
       language: of the captions.
       dropout: the probability of leaving out a merge.
       truncate: cut longer captions, rather than refuse them.
+      ends: put the tokenizer's BOS before and its EOS behind, as CLIP reads texts.
 
     Raises:
       ValueError: the tokenizer has no merges to leave out.
@@ -65,13 +66,14 @@ class CaptionEncoder:
     language: Language = "both"
     dropout: float = 0.0
     truncate: bool = False
+    ends: bool = False
 
     def __post_init__(self):
         if self.dropout:
             self._merges  # noqa: B018 (reads them)
 
     def __call__(self, captions: Captions, rng: np.random.Generator) -> np.ndarray:
-        """int32 tokens, at most `length`.
+        """int32 tokens, at most `length`, the ends included.
 
         A caption that only dropout makes too long is encoded without.
 
@@ -94,17 +96,23 @@ class CaptionEncoder:
         Raises:
           ValueError: they are too many.
         """
+        room = self.length - 2 * self.ends
         if self.dropout and rng is not None:
             ids = bpe_dropout(self.tokenizer.words(text), self._merges, self.dropout, rng)
-            if len(ids) <= self.length or self.truncate:
-                return ids[: self.length]
+            if len(ids) <= room or self.truncate:
+                return self._between_ends(ids[:room])
         [ids] = self.tokenizer.encode_batch([text])
-        if len(ids) > self.length and not self.truncate:
+        if len(ids) > room and not self.truncate:
             raise ValueError(
-                f"the caption {text!r} has {len(ids)} tokens and the model reads {self.length}:"
+                f"the caption {text!r} has {len(ids)} tokens and the model reads {room}:"
                 " shorten it, set data.truncate, or choose a model that reads more"
             )
-        return ids[: self.length]
+        return self._between_ends(ids[:room])
+
+    def _between_ends(self, ids: np.ndarray) -> np.ndarray:
+        if not self.ends:
+            return ids
+        return np.array([self.tokenizer.bos_id, *ids, self.tokenizer.eos_id], np.int32)
 
     def check(self, pictures: Pictures) -> None:
         """Raises ValueError for the first caption that is too long."""
@@ -112,7 +120,7 @@ class CaptionEncoder:
             return
         for text in texts_of(pictures, self.language):
             # A token is a byte at least; composing and lowering case hardly add any.
-            if 2 * len(text.encode()) > self.length:
+            if 2 * len(text.encode()) > self.length - 2 * self.ends:
                 self.encode(text)
 
     @functools.cached_property

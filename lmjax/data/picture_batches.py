@@ -176,6 +176,7 @@ def read_pictures(
     workers: int = 0,
     eval_batches: int = 8,
     caption_length: int | None = None,
+    ends: bool = False,
     tokenizer: Tokenizer | None = None,
     rows: int | None = None,
     encode: Callable[[Pictures], CodeStore] | None = None,
@@ -192,6 +193,7 @@ def read_pictures(
         workers: processes that prepare batches.
         eval_batches: held-out batches, at most.
         caption_length: T, the most tokens of a caption; None for pictures alone.
+        ends: captions begin with BOS and end with EOS.
         tokenizer: a checkpoint's, to use instead of training one.
         rows: of the model's embedding of captions, which must have one for every id.
         encode: makes codes of the pictures, to train on these: `build_code_store` with its other
@@ -209,7 +211,7 @@ def read_pictures(
         tokenizer = caption_tokenizer(data, splits["train"], tokenizer)
         check_rows(tokenizer, rows)
         captions = CaptionEncoder(
-            tokenizer, caption_length, data.language, data.dropout, data.truncate
+            tokenizer, caption_length, data.language, data.dropout, data.truncate, ends
         )
         for pictures in splits.values():
             captions.check(pictures)

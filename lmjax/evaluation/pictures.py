@@ -5,7 +5,6 @@ Axes: N and M pictures, R pixels a side.
 
 import importlib.util
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from lmjax.data import cache
+from lmjax.training.reporting import EVENTS, Events
 
 CELL = 96
 """Pixels a side of a picture on a sheet; smaller ones are enlarged."""
@@ -68,16 +68,15 @@ def sheet(
     return image
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
-    """Writes a PNG, whole or not at all."""
-    cache.atomic_write(path, png(image))
-
-
-def png(image: Image.Image) -> bytes:
-
-    content = io.BytesIO()
+def save_sheet(image: Image.Image, workdir: Path, name: str, step: int) -> Path:
+    """Writes a run's `name`.png, whole or not at all, and shows it in TensorBoard."""
+    path, content = workdir / f"{name}.png", io.BytesIO()
     image.save(content, "png")
-    return content.getvalue()
+    cache.atomic_write(path, content.getvalue())
+    events = Events(workdir / EVENTS, step)
+    events.add_picture(name, content.getvalue(), image.size, step)
+    events.close()
+    return path
 
 
 def _font() -> ImageFont.FreeTypeFont:

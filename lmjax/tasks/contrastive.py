@@ -16,9 +16,9 @@ from lmjax.tasks.task import Initial, as_floats, decay_labels
 class Contrastive:
     """The task of a CLIP; see `tasks.task.Task`.
 
-    Batches have `pictures` [B, R, R, 3], from 0 to 1 or uint8, the `inputs` [B, T] of their texts,
-    and `loss_weights` [B], which are 0 for rows that only fill up a batch: nobody is compared with
-    those. Radford et al. 2021, figure 3: the mean of two cross-entropies, of each picture's text
+    Batches have `pictures` [B, R, R, 3], from 0 to 1 or uint8, their `captions` [B, T] with an end
+    token each, and `loss_weights` [B], which are 0 for rows that only fill up a batch: nobody is
+    compared with those. Radford et al. 2021, figure 3: the mean of two cross-entropies, of each picture's text
     among all texts and of each text's picture among all pictures of the global batch.
     """
 
@@ -38,7 +38,7 @@ class Contrastive:
     def loss(self, params, extra, batch, normalizers, rngs, step):
         del rngs, step
         pictures = as_floats(batch["pictures"])
-        logits = self.model.apply({"params": params}, pictures, batch["inputs"])
+        logits = self.model.apply({"params": params}, pictures, batch["captions"])
         weights = batch["loss_weights"]
 
         def mean(each: Float[Array, " B"]) -> Float[Array, ""]:
@@ -62,7 +62,7 @@ class Contrastive:
         return decay_labels(params)
 
     def flops(self, batch_shapes):
-        pictures, texts = batch_shapes["pictures"], batch_shapes["inputs"]
+        pictures, texts = batch_shapes["pictures"], batch_shapes["captions"]
         return self.model.config.training_flops(pictures[0], *texts)
 
 

@@ -193,7 +193,7 @@ class Stopwatch:
 
 
 class Events:
-    """Scalars for TensorBoard; those of steps after `first_step` in older files are hidden.
+    """Scalars and pictures for TensorBoard; older files' of steps after `first_step` are hidden.
 
     It writes at once: tensorboardX's own SummaryWriter does so in a thread, whose end on a full
     disk would leave the run waiting for ever.
@@ -220,6 +220,15 @@ class Events:
     def add(self, name: str, value: float, step: int) -> None:
         scalar = self._summary(value=[self._summary.Value(tag=name, simple_value=value)])
         self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar))
+
+    def add_picture(self, name: str, png: bytes, size: tuple[int, int], step: int) -> None:
+        """`size` is (width, height), in pixels."""
+        width, height = size
+        image = self._summary.Image(
+            width=width, height=height, colorspace=3, encoded_image_string=png
+        )
+        picture = self._summary(value=[self._summary.Value(tag=name, image=image)])
+        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=picture))
 
     def flush(self, seconds: float = 10.0) -> None:
         """Writes out what was added, unless that was done less than so many seconds ago."""

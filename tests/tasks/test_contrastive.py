@@ -40,7 +40,7 @@ def pairs(rows, seed=0):
     rng = np.random.default_rng(seed)
     return {
         "pictures": rng.integers(0, 256, (rows, 8, 8, 3)).astype(np.uint8),
-        "inputs": rng.integers(0, 20, (rows, 6)),
+        "captions": rng.integers(0, 20, (rows, 6)),
         "loss_weights": np.ones(rows, np.float32),
     }
 
@@ -175,4 +175,4 @@ def test_inputs_that_do_not_fit(params):
     with pytest.raises(ValueError, match=r"pictures are \[4, 8, 3\], .* \[8, 8, 3\]"):
         loss(params, batch | {"pictures": batch["pictures"][:, :4]})
     with pytest.raises(ValueError, match="12 tokens do not fit the 6 positions"):
-        loss(params, batch | {"inputs": np.tile(batch["inputs"], 2)})
+        loss(params, batch | {"captions": np.tile(batch["captions"], 2)})
