@@ -13,11 +13,11 @@ in --dvae, which are made once and kept: about twelve minutes on two CPU cores. 
 samples.png in the workdir has captions beside their pictures, and for 64 captions of each language,
 each drawn once, it says how often the drawing is nearer to its own original than to the 63 others.
 
-`paper` is the 12-billion-parameter model with the paper's recipe: 430,000 steps of 1,024 pictures of
-32 x 32 codes, AdamW with betas 0.9 and 0.96 and decay 0.045, clipping at 4, a rate of 4.5e-4 after
-5,000 steps (which the paper halved five times when the loss stood still: lower it by hand, with
---init), a moving average of the weights with decay 0.99 every 25 steps. `coco` and `korean-coco` are
-models of a 120th of its size for MS-COCO 2014; the recipe is ours.
+`paper` is the 12-billion-parameter model with the paper's recipe: 430,000 steps of 1,024 pictures
+of 32 x 32 codes, AdamW with betas 0.9 and 0.96 and decay 0.045, clipping at 4, a rate of 4.5e-4
+after 5,000 steps (which the paper halved five times when the loss stood still: lower it by hand,
+with --init), a moving average of the weights with decay 0.99 every 25 steps. `coco` and
+`korean-coco` are models of a 120th of its size for MS-COCO 2014; the recipe is ours.
 """
 
 import dataclasses

@@ -13,10 +13,10 @@ what is left of them after going through their codes, and codes.png how often ea
 --model.nearest makes a VQ-VAE of the same network.
 
 `paper` is the published model with the paper's recipe: 3,000,000 steps of 512 pictures of 256 x 256
-pixels; the weight of the KL divergence rises to 6.6 in 5,000 steps, the temperature falls to 1/16 in
-150,000 and the rate from 1e-4 to 1.25e-6 in 1,200,000, all along half a cosine; a moving average of
-the weights with decay 0.999. `emoji` departs from it, as `lmjax.tasks.dvae` and the model say: with
-five minutes instead of weeks, codes must be kept in use.
+pixels; the weight of the KL divergence rises to 6.6 in 5,000 steps, the temperature falls to 1/16
+in 150,000 and the rate from 1e-4 to 1.25e-6 in 1,200,000, all along half a cosine; a moving average
+of the weights with decay 0.999. `emoji` departs from it, as `lmjax.tasks.dvae` and the model say:
+with five minutes instead of weeks, codes must be kept in use.
 """
 
 import dataclasses

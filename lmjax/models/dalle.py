@@ -173,7 +173,7 @@ PRESETS = {
     "emoji": DALLEConfig(
         text_vocab=2_048,
         text_length=32,
-        image_vocab=256,
+        image_vocab=512,
         grid=8,
         layers=6,
         width=128,

@@ -18,8 +18,9 @@ class Contrastive:
 
     Batches have `pictures` [B, R, R, 3], from 0 to 1 or uint8, their `captions` [B, T] with an end
     token each, and `loss_weights` [B], which are 0 for rows that only fill up a batch: nobody is
-    compared with those. Radford et al. 2021, figure 3: the mean of two cross-entropies, of each picture's text
-    among all texts and of each text's picture among all pictures of the global batch.
+    compared with those. Radford et al. 2021, figure 3: the mean of two cross-entropies, of each
+    picture's text among all texts and of each text's picture among all pictures of the global
+    batch.
     """
 
     couples_rows: ClassVar[bool] = True

@@ -1,0 +1,137 @@
+"""Draws pictures of captions with a trained DALL-E, and ranks them with a CLIP.
+
+    python -m experiments.dalle_generate "avocado" "아보카도" "red heart" "빨간색 하트"
+    python -m experiments.dalle_generate --samples 32 --rerank clip
+        "a chair in the shape of an avocado"
+    python -m experiments.dalle_generate --complete avocado.png --rows 4 "avocado"
+
+Each caption becomes a row of drawings.png (--output). --rerank clip draws --samples pictures and
+shows the --shown best of them, as the CLIP in --clip (`experiments.clip_train`) ranks them; without
+it the first ones are shown. --complete gives the uppermost --rows rows of codes, to be completed.
+The DALL-E is that of `experiments.dalle_train`, with the dVAE that it was trained with.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+import lmjax
+from experiments import dalle_train
+from experiments.dalle_train import Easel
+from lmjax import command_line
+from lmjax.data.captions import CaptionEncoder
+from lmjax.decoding.sampling import Sampling
+from lmjax.evaluation.pictures import sheet
+from lmjax.loading import describe
+from lmjax.tasks.task import as_floats
+
+
+@dataclasses.dataclass(frozen=True)
+class DALLEGenerate:
+    captions: tyro.conf.Positional[tuple[str, ...]]
+    """One or more captions, English or Korean; quote each."""
+    checkpoint: str = "runs/dalle-emoji"
+    """The workdir of `experiments.dalle_train`."""
+    dvae: str = "runs/dvae-emoji"
+    """The workdir of the dVAE that it was trained with."""
+    samples: int = 8
+    """Pictures to draw of each caption."""
+    shown: int = 8
+    """Of these, how many to show."""
+    rerank: Literal["none", "clip"] = "none"
+    """Show the pictures that fit their caption best, in the opinion of a CLIP."""
+    clip: str = "runs/clip-emoji"
+    """The workdir of that CLIP, or a Hugging Face directory or repository."""
+    temperature: float = 0.9
+    """1: draw from the model's distribution. Less is tamer, 0 takes the likeliest codes."""
+    top_k: int | None = None
+    """Draw among so many likeliest codes only."""
+    top_p: float = 0.95
+    """Draw among the fewest codes that together have this probability."""
+    complete: Path | None = None
+    """A picture whose upper part is given."""
+    rows: int | None = None
+    """With --complete: how many rows of codes are given; by default half of them."""
+    seed: int = 0
+    """Of the draws."""
+    output: Path = Path("drawings.png")
+    """Where the pictures go."""
+
+    def __post_init__(self):
+        if not self.captions or not all(caption.strip() for caption in self.captions):
+            raise ValueError("give at least one caption, in quotes, and none without words")
+        if self.samples < 1 or self.shown < 1:
+            raise ValueError(f"samples ({self.samples}) and shown ({self.shown}) start at 1")
+        if self.rows is not None and self.complete is None:
+            raise ValueError("--rows says how much of --complete is given: name a picture there")
+
+
+def main() -> None:
+    settings = tyro.cli(DALLEGenerate, description=__doc__)
+    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
+    model, params, tokenizer = trained("checkpoint", settings.checkpoint, "dalle")
+    ranker = trained("clip", settings.clip, "clip") if settings.rerank == "clip" else None
+    run = dataclasses.replace(dalle_train.EMOJI, dvae=settings.dvae, seed=settings.seed)
+    easel = Easel(run, model, params, tokenizer)
+    top = None
+    if settings.complete is not None:
+        top = given_rows(settings, easel, model.config.grid)
+    drawn = easel.draw(settings.captions, settings.samples, sampling, top)
+    console = Console(highlight=False, soft_wrap=True)
+    rows = []
+    for caption, pictures in zip(settings.captions, drawn, strict=True):
+        order = np.arange(len(pictures))
+        if ranker is not None:
+            scores = similarities(*ranker, caption, pictures)
+            order = scores.argsort()[::-1]
+            console.print(
+                f"{caption}: the best of {len(pictures)} scores {scores.max():.2f}, the mean"
+                f" {scores.mean():.2f}"
+            )
+        rows.append((caption, list(pictures[order[: settings.shown]])))
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet(rows).save(settings.output)
+    console.print(f"look at {settings.output}")
+
+
+def trained(flag: str, place: str, kind: str):
+    """(model, parameters, tokenizer); ValueError where there is none of this kind."""
+    if Path(place).name == place or (Path(place) / "config.json").exists():
+        found = describe(place)
+        if found.model_type == kind:
+            return lmjax.load(place)
+        raise ValueError(f"--{flag} {place} holds a {found.model_type}, not a {kind}")
+    if not Path(place).exists():
+        raise ValueError(
+            f"--{flag} {place} is not there: run `python -m experiments.{kind}_train` first, or"
+            " give the workdir of such a run"
+        )
+    return lmjax.load(place)
+
+
+def given_rows(settings: DALLEGenerate, easel: Easel, grid: int) -> np.ndarray:
+    """[captions, rows x grid]: the first codes of the picture to complete."""
+    rows = grid // 2 if settings.rows is None else settings.rows
+    if not 0 < rows < grid:
+        raise ValueError(f"--rows is {rows}, not between 1 and {grid - 1}: the picture has {grid}")
+    codes = easel.codes(easel.read(settings.complete))[: rows * grid]
+    return np.tile(codes, (len(settings.captions), 1))
+
+
+def similarities(model, params, tokenizer, caption: str, pictures: np.ndarray) -> np.ndarray:
+    """Of each picture to the caption, as logits: what a softmax over captions would take."""
+    encode = CaptionEncoder(tokenizer, model.config.positions, truncate=True, ends=True).encode
+    size = model.config.size
+    fitted = jax.image.resize(
+        as_floats(pictures), (len(pictures), size, size, 3), "linear", antialias=True
+    )
+    return np.asarray(model.apply({"params": params}, fitted, encode(caption)[None])[:, 0])
+
+
+if __name__ == "__main__":
+    command_line.run(main)
