@@ -51,7 +51,7 @@ def draw(
     captions = jnp.asarray(captions, jnp.int32)
     lengths = jnp.full(len(captions), captions.shape[1]) if lengths is None else lengths
     top = jnp.zeros((len(captions), 0), jnp.int32) if top is None else jnp.asarray(top, jnp.int32)
-    if top.shape[0] != len(captions) or top.shape[1] >= room:
+    if top.ndim != 2 or len(top) != len(captions) or top.shape[1] >= room:
         raise ValueError(
             f"top has shape {top.shape}: expected one row for each of {len(captions)} captions, of"
             f" fewer codes than the {room} of a picture"

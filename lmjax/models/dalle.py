@@ -10,13 +10,15 @@ with tokens that are learned for each position, and predicted. Every image posit
 text and a few image positions, which differ by layer: the row that ends there, its column, or (the
 last layer) a convolution's neighbourhood; one softmax goes over both. The products are those of the
 blocks in which the keys lie, not the stream's square. Image positions have row and column
-embeddings. Layers are GPT-2's; text is predicted among text rows, image among image rows of an
-output matrix that is not tied.
-The paper is silent on what starts the stream, and its parameters leave no room for a token of its
-own: here position 0's padding does, and as captions have at most `text_length - 1` tokens, it is
-always the last text position's padding that starts the image. Position p reads token p - 1, has the
-place of token p and predicts token p.
-Departures: queries, keys and values have a kernel each.
+embeddings. Text is predicted among text rows, image among image rows of an output matrix that is
+not tied.
+What the paper does not say: norms, activation and initial weights are GPT-2's. What starts the
+stream is position 0's padding, for which no parameters are needed, and as captions have at most
+`text_length - 1` tokens, it is always the last text position's padding that starts the image.
+Position p reads token p - 1, has the place of token p and predicts token p; masks are of positions.
+Departures: none of the image is seen out of raster order, as it would be if the row's window were
+taken literally down columns. Gradients are not scaled by residual blocks (section 2.4): in bfloat16
+they need not be.
 """
 
 import dataclasses
@@ -206,7 +208,7 @@ def sees(
 
 
 def mask(kind: Kind, config: DALLEConfig) -> Bool[Array, "S S"]:
-    """What a layer computes by blocks, position by position: which keys each query sees."""
+    """Which positions of the stream each one sees: what layers compute by blocks, in full."""
     places = jnp.arange(config.length)
     image = places - config.text_length
     seen = sees(config, kind, image[:, None], image) & (image >= 0)
@@ -266,12 +268,9 @@ def seen_by_lines(
     """For each line what its positions may see: the lines that they reach back to and itself, with
     zeros above the first."""
     x, above = in_lines(config, kind, x), config.lines_above(kind)
-    padding = [(0, 0)] * (x.ndim - 4) + [(above, 0), (0, 0), (0, 0), (0, 0)]
-    padded = jnp.pad(x, padding)
-    lines = [
-        jax.lax.slice_in_dim(padded, i, i + config.grid, axis=x.ndim - 4) for i in range(above + 1)
-    ]
-    return jnp.concatenate(lines, axis=-3)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 4) + [(above, 0), (0, 0), (0, 0), (0, 0)])
+    shifted = [padded[..., i : i + config.grid, :, :, :] for i in range(above + 1)]
+    return jnp.concatenate(shifted, axis=-3)
 
 
 def joint_attention(

@@ -16,24 +16,23 @@ TINY = DALLEConfig(
     text_length=6,
     image_vocab=9,
     grid=3,
-    layers=5,
+    layers=1,
     width=16,
     heads=2,
     feed_forward=24,
     conv_extent=3,
 )
 TASK = TextToImage(DALLE(TINY))
+DEEP = TextToImage(DALLE(dataclasses.replace(TINY, layers=7)))
 QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
-def prepared():
-    """(parameters, axes), the parameters random and large enough that losses differ."""
-    shapes, axes = abstract_parameters(TASK)
+def params_of(task):
+    """Random and large enough that losses differ."""
+    shapes, _ = abstract_parameters(task)
     rng = np.random.default_rng(2)
-    return jax.tree.map(
-        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes
-    ), axes
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
 
 
 def batch():
@@ -48,7 +47,7 @@ def batch():
 
 @functools.partial(jax.jit, compiler_options=QUICKLY)
 def evaluate(batch, normalizers):
-    return TASK.evaluate(prepared()[0], {}, batch, normalizers)[0]
+    return TASK.evaluate(params_of(TASK), {}, batch, normalizers)[0]
 
 
 def test_the_loss_weighs_the_means_of_text_and_image():
@@ -57,7 +56,7 @@ def test_the_loss_weighs_the_means_of_text_and_image():
     text = caption_tokens(TINY, rows["captions"], rows["captions_lengths"])
     tokens = np.concatenate([text, rows["image_tokens"]], axis=1)
     apply = jax.jit(DALLE(TINY).apply, compiler_options=QUICKLY)
-    logits = apply({"params": prepared()[0]}, tokens)
+    logits = apply({"params": params_of(TASK)}, tokens)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
     right = logits.argmax(-1) == tokens
     counted = np.array([0, 1, 3])
@@ -85,17 +84,17 @@ def test_flops_are_those_of_the_products():
     normalizers = TASK.normalizers(rows)
 
     def loss(params):
-        return TASK.loss(params, {}, rows, normalizers, {}, 0)[0]
+        return DEEP.loss(params, {}, rows, normalizers, {}, 0)[0]
 
-    counted = product_flops(jax.make_jaxpr(jax.grad(loss))(prepared()[0]))
-    assert TASK.flops({name: x.shape for name, x in rows.items()}) == pytest.approx(counted)
+    counted = product_flops(jax.make_jaxpr(jax.grad(loss))(params_of(DEEP)))
+    assert DEEP.flops({name: x.shape for name, x in rows.items()}) == pytest.approx(counted)
 
 
 def test_axes_and_labels():
-    params, axes = prepared()
+    params, axes = abstract_parameters(DEEP)
     assert axes["blocks"]["layers_1"]["attention"]["query"] == ("layers", "embed", "heads")
     assert axes["last_0"]["feed_forward"]["up"] == ("embed", "mlp")
-    labels = TASK.labels(params)
+    labels = DEEP.labels(params)
     assert labels["rows"] == labels["output"] == "decay"
     assert labels["blocks"]["layers_0"]["attention"]["query_bias"] == "no_decay"
     assert labels["last_0"]["attention_norm"]["scale"] == "no_decay"
