@@ -27,7 +27,7 @@ from lmjax.models.layers import Execution, fold, unboxed
 
 # As published, but small: four groups of two blocks, seven pixels wide at first.
 TINY = DVAEConfig(size=16, codes=11, width=8, code_width=6)
-FOLDED = dataclasses.replace(TINY, patch=4, groups=2, blocks=1, kernel=3, norms=True)
+FOLDED = dataclasses.replace(TINY, patch=4, groups=2, blocks=1, kernel=3, normalized=True)
 FOLDED = dataclasses.replace(FOLDED, least_log_scale=-2.0)
 NEAREST = dataclasses.replace(FOLDED, nearest=True)
 PLAIN = Execution()
