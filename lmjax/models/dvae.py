@@ -14,8 +14,8 @@ decodes soft codes, drawn by Gumbel-softmax; the VQ-VAE decodes the vector neare
 encoder says, and the encoder gets that vector's gradient.
 Departures, all off by default: `patch` folds pixels into channels at full resolution, which is
 where convolutions are slow on a CPU; `least_log_scale` bounds the likelihood, which flat colours
-make infinite; `norms` learn in thousands of steps what takes millions without; `nearest` makes a
-VQ-VAE of the same two halves.
+make infinite; `normalized` has norms, and learns in a thousand steps what takes long without them;
+`nearest` makes a VQ-VAE of the same two halves.
 """
 
 import dataclasses
@@ -67,9 +67,9 @@ class DVAEConfig:
     the last."""
     least_log_scale: float | None = None
     """The logarithm of a pixel's scale stays above this."""
-    norms: bool = False
-    """Of the channels at each place, before each block and before each half's last convolution; the
-    codes' vectors then start with variance 1, as embeddings do."""
+    normalized: bool = False
+    """Everything is of size 1: pixels go from -1 to 1, a norm comes before each block and each
+    half's last convolution, blocks have no gain, and the codes' vectors start with variance 1."""
     nearest: bool = False
     """A VQ-VAE: the code is the one whose vector is nearest to what the encoder says."""
 
@@ -109,7 +109,7 @@ class DVAEConfig:
 PRESETS = {
     "openai": DVAEConfig(),
     "emoji": DVAEConfig(
-        size=64, codes=512, groups=1, kernel=3, patch=8, least_log_scale=-1.0, norms=True
+        size=64, codes=512, groups=1, kernel=3, patch=8, least_log_scale=-1.0, normalized=True
     ),
 }
 
@@ -205,7 +205,7 @@ def biased_conv(
 
 
 class Block(nn.Module):
-    """x + what four convolutions make of it, at first a small part of the sum."""
+    """x + what four convolutions make of it."""
 
     config: DVAEConfig
     execution: Execution
@@ -223,13 +223,13 @@ class Block(nn.Module):
             y = biased_conv(self, nn.relu(y), f"conv_{i + 1}", kernel, **axes)
         if x.shape[-1] != self.outputs:
             x = biased_conv(self, x, "identity", 1, embed=x.shape[-1], mlp=self.outputs)
-        gain = (c.groups * c.blocks) ** -2
+        gain = 1 if c.normalized else (c.groups * c.blocks) ** -2
         return constrain(x + gain * y, "batch", None, None, "activation_embed")
 
 
 def normed(module: nn.Module, x: Float[Array, "B H W I"]) -> Float[Array, "B H W I"]:
     """By a norm of the module's own, where the config has them."""
-    if not module.config.norms:
+    if not module.config.normalized:
         return x
     return LayerNorm(1e-5, module.execution, name="norm")(x)
 
@@ -258,7 +258,7 @@ class Encoder(nn.Module):
     def __call__(self, mapped: Float[Array, "B R R 3"]) -> Float[Array, "B H W O"]:
         """A score for each code, or where the nearest one is taken a vector; float32."""
         c = self.config
-        x = fold(mapped, c.patch)
+        x = fold((mapped - 0.5) / (0.5 - SQUEEZE) if c.normalized else mapped, c.patch)
         x = biased_conv(self, x, "input", c.kernel, pixels=x.shape[-1], embed=c.width)
         for group, width in enumerate(c.widths):
             x = halve(x) if group else x
@@ -274,7 +274,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        init = nn.initializers.normal(1.0 if c.norms else c.codes**-0.5)
+        init = nn.initializers.normal(1.0 if c.normalized else c.codes**-0.5)
         self.codebook = weight(self, "codebook", init, "float32", vocab=c.codes, code=c.code_width)
         self.codebook_bias = weight(self, "codebook_bias", nn.initializers.zeros, code=c.code_width)
 

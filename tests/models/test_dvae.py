@@ -27,8 +27,8 @@ from lmjax.models.layers import Execution, fold, unboxed
 
 # As published, but small: four groups of two blocks, seven pixels wide at first.
 TINY = DVAEConfig(size=16, codes=11, width=8, code_width=6)
-FOLDED = dataclasses.replace(TINY, patch=4, groups=2, blocks=1, kernel=3, norms=True)
-FOLDED = dataclasses.replace(FOLDED, least_log_scale=-2.0)
+NORMALIZED = dataclasses.replace(TINY, groups=2, blocks=1, kernel=3, normalized=True)
+FOLDED = dataclasses.replace(NORMALIZED, patch=4, least_log_scale=-2.0)
 NEAREST = dataclasses.replace(FOLDED, nearest=True)
 PLAIN = Execution()
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -79,60 +79,69 @@ def their_conv(params, name, x):
     return functional.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2)
 
 
+def their_norm(params, x):
+    if "norm" not in params:
+        return x
+    scale, bias = (torch.from_numpy(params["norm"][name]) for name in ("scale", "bias"))
+    return functional.layer_norm(x.movedim(1, 3), scale.shape, scale, bias, 1e-5).movedim(3, 1)
+
+
 def their_block(params, x, gain):
-    residual = x
+    residual = their_norm(params, x)
     for i in range(1, 5):
         residual = their_conv(params, f"conv_{i}", functional.relu(residual))
     straight = their_conv(params, "identity", x) if "identity" in params else x
     return straight + gain * residual
 
 
-def their_encoder(params, x):
+def their_blocks(params, x, config, resample):
+    gain = 1 if config.normalized else 1 / (config.groups * config.blocks) ** 2
+    for group in range(1, config.groups + 1):
+        x = resample(x) if group > 1 else x
+        for block in range(1, config.blocks + 1):
+            x = their_block(params[f"group_{group}_block_{block}"], x, gain)
+    return their_conv(params, "output", functional.relu(their_norm(params, x)))
+
+
+def their_encoder(params, x, config):
     x = their_conv(params, "input", x)
-    for group in range(1, 5):
-        x = functional.max_pool2d(x, 2) if group > 1 else x
-        for block in (1, 2):
-            x = their_block(params[f"group_{group}_block_{block}"], x, 1 / 64)
-    return their_conv(params, "output", functional.relu(x))
+    return their_blocks(params, x, config, lambda x: functional.max_pool2d(x, 2))
 
 
-def their_decoder(params, codes):
+def their_decoder(params, codes, config):
     book = {"codebook": params["codebook"][None, None], "codebook_bias": params["codebook_bias"]}
     x = their_conv(book, "codebook", codes)
-    for group in range(1, 5):
-        x = functional.interpolate(x, scale_factor=2, mode="nearest") if group > 1 else x
-        for block in (1, 2):
-            x = their_block(params[f"group_{group}_block_{block}"], x, 1 / 64)
-    return their_conv(params, "output", functional.relu(x))
+    return their_blocks(
+        params, x, config, lambda x: functional.interpolate(x, scale_factor=2, mode="nearest")
+    )
 
 
 def last(x):
     return x.permute(0, 2, 3, 1).numpy()
 
 
-def test_both_halves_are_the_reference():
-    params, pictures = params_of(TINY), pictures_of(TINY)
-    mapped = torch.from_numpy(0.8 * pictures + 0.1).permute(0, 3, 1, 2)
-    logits = their_encoder(params["encoder"], mapped)
-    found = applied(TINY, "encode", params, pictures)
-    assert found.shape == (2, 2, 2, 11) and logits.std() > 0.1
+@pytest.mark.parametrize("config", [TINY, NORMALIZED], ids=["published", "normalized"])
+def test_both_halves_are_the_reference(config):
+    params, pictures = params_of(config), pictures_of(config)
+    seen = 2 * pictures - 1 if config.normalized else 0.8 * pictures + 0.1
+    seen = torch.from_numpy(seen).permute(0, 3, 1, 2)
+    logits = their_encoder(params["encoder"], seen, config)
+    found = applied(config, "encode", params, pictures)
+    assert found.shape == (2, config.grid, config.grid, 11) and logits.std() > 0.1
     np.testing.assert_allclose(found, last(logits), atol=2e-5)
 
-    soft = functional.softmax(logits, 1)
-    sizes = {str(x.shape[:2]) for x in jax.tree.leaves(params) if x.ndim == 4}
-    assert sizes == {"(1, 1)", "(3, 3)", "(7, 7)"}
+    hard = functional.one_hot(logits.argmax(1), 11).movedim(3, 1).float()
     for codes, theirs in (
-        (last(soft), soft),
-        (last(logits).argmax(-1), functional.one_hot(logits.argmax(1), 11).movedim(3, 1).float()),
+        (last(functional.softmax(logits, 1)), functional.softmax(logits, 1)),
+        (last(logits).argmax(-1), hard),
     ):
-        expected = last(their_decoder(params["decoder"], theirs))
-        location, log_scale = applied(TINY, "decode", params, codes)
-        np.testing.assert_allclose(location, expected[..., :3], atol=2e-5)
-        np.testing.assert_allclose(log_scale, expected[..., 3:], atol=2e-5)
+        expected = last(their_decoder(params["decoder"], theirs, config))
+        decoded = applied(config, "decode", params, codes)
+        np.testing.assert_allclose(decoded.location, expected[..., :3], atol=2e-5)
+        np.testing.assert_allclose(decoded.log_scale, expected[..., 3:], atol=2e-5)
     assert expected.std() > 0.1
     mean = 1 / (1 + np.exp(-np.float64(expected[..., :3])))
-    restored = applied(TINY, "reconstruct", params, pictures)
-    np.testing.assert_allclose(restored, np.clip((mean - 0.1) / 0.8, 0, 1), atol=2e-5)
+    np.testing.assert_allclose(decoded.picture(), np.clip((mean - 0.1) / 0.8, 0, 1), atol=2e-5)
 
 
 def test_what_is_folded_is_unfolded():

@@ -56,7 +56,10 @@ def evaluated(task, params, batch):
 
 
 def apply(task, params, method, *inputs):
-    return jax.device_get(task.model.apply({"params": params}, *inputs, method=method))
+    def run(params, *inputs):
+        return task.model.apply({"params": params}, *inputs, method=method)
+
+    return jax.device_get(jax.jit(run, compiler_options=QUICKLY)(params, *inputs))
 
 
 def nll_of(decoded, values):
