@@ -76,7 +76,7 @@ class CLIPTrain(PictureRun):
 
 
 EMOJI = CLIPTrain(
-    model=clip.PRESETS["emoji"],
+    model=dataclasses.replace(clip.PRESETS["emoji"], end=2),  # the </s> of tokenizers trained here
     data=CaptionedPictureData(vocab_size=2_048),
     optimizer=AdamW(Cosine(1e-3, horizon=600, warmup=50), beta2=0.98, weight_decay=0.1),
     batch=128,

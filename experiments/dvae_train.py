@@ -75,12 +75,16 @@ class DVAETrain(PictureRun):
 
 EMOJI = DVAETrain(
     model=dvae.PRESETS["emoji"],
+    beta=HalfCosine(0, 0, 1),
+    temperature=HalfCosine(1, 1 / 8, 3_000),
+    balance=HalfCosine(25, 2, 2_000),
     data=PictureData(augment=False),
-    optimizer=AdamW(Cosine(1e-3, horizon=1_200, warmup=50), beta2=0.99, weight_decay=1e-4),
-    batch=32,
-    steps=1_200,
+    optimizer=AdamW(Cosine(1e-3, horizon=3_500, warmup=50), weight_decay=1e-4),
+    average=0.99,
+    batch=16,
+    steps=3_500,
     workdir=Path("runs/dvae-emoji"),
-    fit=FitOptions(log_every=1, eval_every=100, checkpoint_every=100),
+    fit=FitOptions(log_every=10, eval_every=250, checkpoint_every=250),
 )
 PAPER = DVAETrain(
     model=dvae.PRESETS["openai"],

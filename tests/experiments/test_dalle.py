@@ -1,0 +1,108 @@
+"""DALL-E's stages one after the other, on emoji, small."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lmjax
+from tests.experiments.test_t5_pretrain import held_out
+
+DVAE = """--model.size 16 --model.codes 32 --model.width 16 --model.code-width 16 --model.patch 4
+--model.blocks 1 --batch 16 --eval-batches 2 --fit.eval-every 20""".split()
+DALLE = """--model.text-vocab 600 --model.text-length 32 --model.image-vocab 32 --model.grid 4
+--model.layers 2 --model.width 32 --model.heads 4 --model.feed-forward 64 --data.vocab-size 600
+--batch 16 --eval-batches 2 --fit.eval-every 20""".split()
+CLIP = """--model.size 16 --model.patch 8 --model.picture-layers 1 --model.picture-width 32
+--model.picture-heads 2 --model.picture-feed-forward 64 --model.vocab 600 --model.positions 34
+--model.layers 1 --model.width 32 --model.heads 2 --model.feed-forward 64 --model.joint-width 16
+--data.vocab-size 600 --batch 16 --eval-batches 2 --fit.eval-every 20""".split()
+
+
+@pytest.fixture(scope="module")
+def stages(cache, tmp_path_factory):
+    return tmp_path_factory.mktemp("stages")
+
+
+def test_pictures_through_codes(run, stages):
+    done = run("experiments.dvae_train", *DVAE, "--steps", 60, "--workdir", stages / "dvae")
+    losses = held_out(stages / "dvae")
+    assert losses[-1] < losses[0]
+    assert "codes are in use" in done.stdout
+    assert Image.open(stages / "dvae" / "reconstructions.png").width > 500
+    assert (stages / "dvae" / "codes.png").exists()
+    model, params, tokenizer = lmjax.load(stages / "dvae")
+    assert tokenizer is None and model.config.codes == 32
+    codes = model.apply({"params": params}, np.zeros((1, 16, 16, 3)), method="encode")
+    assert codes.shape == (1, 4, 4, 32)
+
+
+def test_captions_to_pictures(run, stages):
+    """With an average of the weights, on codes made ahead."""
+    arguments = [*DALLE, "--dvae", stages / "dvae"]
+    made = run("experiments.dalle_tokenize", *arguments)
+    assert "3,792 of 3,792 pictures as 16 codes" in made.stdout
+    arguments += ["--workdir", stages / "dalle", "--average", 0.5]
+    done = run("experiments.dalle_train", *arguments, "--steps", 40)
+    losses = held_out(stages / "dalle")
+    assert losses[-1] < losses[0] - 0.5
+    assert done.stdout.count("nearest to its own original") == 4
+    assert Image.open(stages / "dalle" / "samples.png").height > 1_000
+    events = b"".join(p.read_bytes() for p in (stages / "dalle" / "tensorboard").iterdir())
+    assert b"samples" in events and b"\x89PNG" in events
+
+
+def test_pictures_are_matched_drawn_and_ranked(run, stages, tmp_path):
+    done = run("experiments.clip_train", *CLIP, "--steps", 40, "--workdir", stages / "clip")
+    assert "among the first five" in done.stdout
+    places = [f"--{name}" for name in ("checkpoint", "dvae", "clip")]
+    places = [x for pair in zip(places, (stages / n for n in ("dalle", "dvae", "clip"))) for x in pair]  # fmt: skip # noqa: E501, B905
+    drawn = tmp_path / "drawn.png"
+    flags = ["--samples", 6, "--shown", 3, "--rerank", "clip", "--output", drawn]
+    done = run("experiments.dalle_generate", *places, *flags, "avocado", "아보카도")
+    assert done.stdout.count("the best of 6 scores") == 2
+    assert Image.open(drawn).size[1] == 2 * 102 + 6
+
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    flags = ["--complete", tmp_path / "red.png", "--rows", 2, "--output", drawn]
+    run("experiments.dalle_generate", *places, *flags, "red square")
+    for flags, words in (
+        (["--checkpoint", stages / "dvae", "x"], "holds a dvae, not a dalle"),
+        (["--rows", 9, "--complete", tmp_path / "red.png", "x"], "--rows is 9"),
+        (["--checkpoint", stages / "absent", "x"], "run `python -m experiments.dalle_train` first"),
+        ([" "], "none without words"),
+        (["x" * 100], "has 100 tokens"),
+    ):
+        failed = run("experiments.dalle_generate", *places, *flags, check=False)
+        assert failed.returncode != 0 and "Traceback" not in failed.stderr
+        assert words in " ".join((failed.stdout + failed.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model.image-vocab", "64"], "has 32 codes on a grid of 4, and the model 64 on 4"),
+        (["--dvae", "absent"], "run `python -m experiments.dvae_train` first"),
+    ],
+)
+def test_dvaes_that_do_not_fit(run, stages, tmp_path, flags, words):
+    arguments = [*DALLE, "--dvae", stages / "dvae", *flags, "--workdir", tmp_path / "w"]
+    failed = run("experiments.dalle_train", *arguments, check=False)
+    assert failed.returncode != 0 and words in failed.stderr and "Traceback" not in failed.stderr
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.full
+def test_the_default_runs(run, tmp_path):
+    began = time.monotonic()
+    output = [
+        run("experiments.dvae_train", "--workdir", tmp_path / "dvae").stdout,
+        run(
+            "experiments.dalle_train", "--workdir", tmp_path / "dalle", "--dvae", tmp_path / "dvae"
+        ).stdout,
+    ]
+    print(*output, f"{time.monotonic() - began:.0f} s")
+    lines = (tmp_path / "dvae" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["eval_psnr"] >= 20
