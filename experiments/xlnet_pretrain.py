@@ -80,10 +80,10 @@ class XLNetPretrain(TextRun):
 MINI = XLNetPretrain(
     model=XLNetConfig(
         vocab=4_096,
-        layers=4,
-        width=192,
+        layers=2,
+        width=128,
         heads=8,
-        feed_forward=768,
+        feed_forward=512,
         memory=96,
         reuse=64,
         dropout=0.0,
@@ -91,9 +91,9 @@ MINI = XLNetPretrain(
     ),
     objective=PermutationLM(length=128, reuse=64, targets=21),
     data=TokenizedText(subwords="xlnet_unigram", vocab_size=4_096),
-    optimizer=AdamW(Linear(2e-3, horizon=500, warmup=50), beta2=0.98, bias_correction=False),
+    optimizer=AdamW(Linear(2e-3, horizon=1_200, warmup=120), beta2=0.98, bias_correction=False),
     batch=24,
-    steps=500,
+    steps=1_200,
     workdir=Path("runs/xlnet-mini"),
     fit=FitOptions(log_every=1, eval_every=50, checkpoint_every=50),
 )
