@@ -76,15 +76,15 @@ class DVAETrain(PictureRun):
 EMOJI = DVAETrain(
     model=dvae.PRESETS["emoji"],
     beta=HalfCosine(0, 0, 1),
-    temperature=HalfCosine(1, 1 / 8, 3_000),
-    balance=HalfCosine(25, 2, 2_000),
+    temperature=HalfCosine(1, 1 / 8, 5_000),
+    balance=HalfCosine(25, 4, 4_000),
     data=PictureData(augment=False),
-    optimizer=AdamW(Cosine(1e-3, horizon=3_500, warmup=50), weight_decay=1e-4),
+    optimizer=AdamW(Cosine(1.5e-3, horizon=6_000, warmup=50), weight_decay=1e-4),
     average=0.99,
     batch=16,
-    steps=3_500,
+    steps=6_000,
     workdir=Path("runs/dvae-emoji"),
-    fit=FitOptions(log_every=10, eval_every=250, checkpoint_every=250),
+    fit=FitOptions(log_every=10, eval_every=500, checkpoint_every=500),
 )
 PAPER = DVAETrain(
     model=dvae.PRESETS["openai"],
