@@ -174,7 +174,7 @@ PRESETS = {
     "korean-coco": COCO,  # another tokenizer with as many ids
     "emoji": DALLEConfig(
         text_vocab=2_048,
-        text_length=20,
+        text_length=24,
         image_vocab=512,
         grid=8,
         layers=6,
