@@ -77,7 +77,7 @@ class Compare:
     models: tuple[Name, ...] = get_args(Name)
     """Which to train. Those that --workdir has are not trained again, only drawn."""
     data: TokenizedText = TokenizedText(subwords="common_unigram", vocab_size=4_096)
-    layers: int = 4
+    layers: int = 2
     """Of a model with one stack; one with encoder and decoder has half of them in each."""
     width: int = 128
     heads: int = 4
@@ -86,7 +86,7 @@ class Compare:
     rows: int = 16
     """Rows of a batch, divisible by 4: XLNet has half as many more, for the same tokens of text;
     BERT as many as its pairs of sentences, which do not fill their rows, need."""
-    steps: int = 800
+    steps: int = 1_200
     """The learning rates' decay is made for them: another number needs another --workdir."""
     seed: int = 0
     workdir: Path = Path("runs/compare")
