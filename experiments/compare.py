@@ -12,6 +12,7 @@ Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Yang et al. 2019 (
 XXX
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -368,38 +369,39 @@ def worth_of_memory(
     batches: Sequence[Batch],
     tokenizer: Tokenizer,
 ) -> Memory:
-    """How well XLNet guesses words of documents that began in the rows before, by what it reads."""
+    """How well XLNet guesses words of documents that began in the rows before, by what it reads.
+
+    Only words of a row's reused part count: what follows it may come from elsewhere.
+    """
     run, params = readers["xlnet"]
     reuse = run.objective.reuse
-    nats = {WITH: [], WITHOUT: []}
     own = word_nats(run, params)
     others = word_nats(*readers["xlnet_forgetful"]) if "xlnet_forgetful" in readers else None
-    if others:
-        nats[NEVER] = []
-    at, last = [], None
+    found = collections.defaultdict(list)
+    at, last = [], np.full(run.batch, tokenizer.eos_id)
     for batch, extra in memories(run, params, batches):
-        if last is not None:
-            ends = batch["inputs"] == tokenizer.eos_id
-            begun = (last != tokenizer.eos_id) & (batch["lane_positions"][:, 0] > 0)
-            same = begun[:, None] & (np.cumsum(ends, 1) == 0) & (np.arange(ends.shape[1]) < reuse)
-            place = batch["targets_positions"]
-            chosen = np.take_along_axis(same, place, 1) & (batch["loss_weights"] > 0)
-            at.append(place[chosen])
-            memory = extra["memory"]
-            nats[WITH].append(own(batch, memory)[chosen])
-            nats[WITHOUT].append(own(batch, 0 * memory)[chosen])
-            if others:
-                nats[NEVER].append(others(batch, None)[chosen])
+        ended = np.cumsum(batch["inputs"] == tokenizer.eos_id, 1)
+        begun = (last != tokenizer.eos_id) & (batch["lane_positions"][:, 0] > 0)
+        place = batch["targets_positions"]
+        chosen = begun[:, None] & (np.take_along_axis(ended, place, 1) == 0) & (place < reuse)
+        chosen &= batch["loss_weights"] > 0
+        at.append(place[chosen])
+        memory = extra["memory"]
+        found[WITH].append(own(batch, memory)[chosen])
+        found[WITHOUT].append(own(batch, 0 * memory)[chosen])
+        if others:
+            found[NEVER].append(others(batch, None)[chosen])
         last = batch["inputs"][:, reuse - 1]
-    at = np.concatenate(at)
-    nats = {name: np.concatenate(parts) for name, parts in nats.items()}
-    part = at * PARTS // reuse
+    nats = {name: np.concatenate(parts) for name, parts in found.items()}
+    part = np.concatenate(at) * PARTS // reuse
+    known = np.unique(part)
+    root = math.sqrt(len(part))
     return Memory(
-        [(i + 0.5) * reuse / PARTS for i in range(PARTS)],
-        {name: [float(own[part == i].mean()) for i in range(PARTS)] for name, own in nats.items()},
-        {name: float(own.mean()) for name, own in nats.items()},
-        {name: float((own - nats[WITH]).std() / math.sqrt(len(at))) for name, own in nats.items()},
-        len(at),
+        places=[(i + 0.5) * reuse / PARTS for i in known],
+        nats={name: [float(x[part == i].mean()) for i in known] for name, x in nats.items()},
+        mean={name: float(x.mean()) for name, x in nats.items()},
+        error={name: float((x - nats[WITH]).std() / root) for name, x in nats.items()},
+        words=len(part),
     )
 
 
@@ -437,7 +439,7 @@ def show(
     console.print(table(results))
     if memory is not None:
         console.print(
-            f"XLNet's nats per hidden word in {memory.words:,} places of documents that began in"
+            f"XLNet's nats per hidden word, {memory.words:,} words of documents that began in the"
             " rows before: "
             + "; ".join(f"{value:.3f} {name}" for name, value in memory.mean.items())
         )
