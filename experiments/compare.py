@@ -9,7 +9,40 @@ Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Yang et al. 2019 (
     python -m experiments.compare --data.files 'my/*.txt' --workdir runs/compare-mine
     python -m experiments.compare --models xlnet xlnet_forgetful --workdir runs/memory
 
-XXX
+The first trains small models on the documentation installed on this machine, one after the other,
+27 minutes of one core's time in all (a quarter of an hour on two idle cores, it is estimated: the
+run was made on a busy machine). The same command, run again, goes on where it was stopped; when all
+is done, it only draws. --models chooses, and what is in --workdir already is not trained again.
+
+Equal terms: one SentencePiece vocabulary with all special tokens; the models, optimizers and
+objectives of the experiments of these names, with one width and number of layers (half of them in
+an encoder, half in a decoder where there are both) and feed-forward layers as wide as it takes for
+equal parameters within one percent. A token of text counts once, however often it is read: XLNet's
+rows overlap, so there are more of them. BERT's pairs do not fill their rows; it has more rows too,
+and steps until it has seen as many tokens.
+
+The test: 256 passages of 64 tokens, held out, with a word hidden, and ten words to choose from (see
+`lmjax.evaluation.cloze`). The default run, 2.4 million tokens of text, gave
+
+    model                  parameters   right answers   nats
+    BART                      938,688          80.1 %   0.53
+    GPT-2                     937,472          79.3 %   0.59
+    XLNet without memory      937,520          74.6 %   0.75
+    XLNet                     937,520          66.4 %   0.92
+    BERT                      938,354          19.1 %   2.19
+    RoBERTa                   938,160          18.0 %   2.20
+    T5                        939,136          17.2 %   2.55
+    chance                                     10.0 %   2.30
+
+(a share has a standard error of up to 3 %). So early, what counts is how many words a model is asked
+for: BART and GPT-2 write all of the text and are on their way after 300,000 tokens; BERT, RoBERTa
+and T5, asked for one word in seven, have hardly begun to read the context.
+
+Memory is judged by XLNet's own held-out loss, in documents that began in the rows before, by the
+word's place in its row. Emptied, it costs the model that was trained with it 0.068 nats among the
+first 12 places, where little of the row lies to the left, and nothing behind the 24th (0.012 +-
+0.002 over all). But twice as many keys make it a slower learner: after as many tokens the model that
+never had a memory is ahead, by 0.44 nats.
 """
 
 import collections
@@ -227,7 +260,7 @@ def contestants(settings: Compare, tokenizer: Tokenizer, data: TokenizedText) ->
             objective=objective,
             data=data,
             optimizer=paced(mini.optimizer, s.steps),
-            batch=s.rows * s.window // tokens_of_a_row(objective),
+            batch=round(s.rows * s.window / tokens_of_a_row(objective)),
             seed=s.seed,
             steps=s.steps,
             workdir=s.workdir / name,
@@ -517,7 +550,7 @@ def picture(results: dict[str, Result], memory: Memory | None) -> bytes:
             label=f"{TITLES[name]}  {accuracy[-1]:.0%}",
         )
     axes.axhline(1 / CANDIDATES, color="gray", linewidth=1, linestyle=":")
-    axes.annotate("chance", (0, 1 / CANDIDATES), (2, 3), textcoords="offset points", color="gray")
+    axes.annotate("chance", (0, 1 / CANDIDATES), (2, -12), textcoords="offset points", color="gray")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(bottom=0)
     if memory is not None:
