@@ -40,8 +40,9 @@ class TokenizedText(TextData):
     on the text, once."""
     subwords: Subwords = "unigram"
     """What to train: unigram (SentencePiece, with T5's sentinels), xlnet_unigram (the same, with
-    XLNet's special tokens in their place), byte_bpe (as GPT-2, RoBERTa and BART have) or wordpiece
-    (as BERT has)."""
+    XLNet's special tokens in their place), common_unigram (with all that T5, XLNet, BERT, RoBERTa
+    and BART have, for `experiments.compare`), byte_bpe (as GPT-2, RoBERTa and BART have) or
+    wordpiece (as BERT has)."""
     vocab_size: int = 32_000
     """Pieces of a vocabulary to train, fewer if the text is too short for so many; to those of
     unigram 100 sentinels are added."""

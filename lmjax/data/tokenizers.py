@@ -3,7 +3,8 @@
 T5's spiece.model has 32,000 pieces and knows nothing of sentinels: 100 of them are appended, in
 descending order, so that <extra_id_0> is 32,099 and <extra_id_99> 32,000. mT5's model has its own
 pieces for them, which are used where they are. XLNet's has <cls>, <sep>, <pad>, <mask> and <eod>,
-which ends a document, and no sentinels.
+which ends a document, and no sentinels. A model in the common layout has sentinels and all special
+tokens that any objective asks for, so that different models can be trained on the same tokens.
 
 Only text given to `encode` may name sentinels. `encode_batch`, for corpora, takes text as it is.
 Departures from transformers' T5Tokenizer: no EOS is added, "</s>" and "<pad>" in a text are text,
@@ -48,10 +49,11 @@ class SentencePieceTokenizer:
     Attributes:
       model: the bytes of the .model file.
       vocab_size: ids in use, sentinels included (32,100 for T5; a model may have more rows).
-      pad_id, eos_id, unk_id: 0, 1 and 2 in T5's layout; 5, 7 and 0 in XLNet's.
-      cls_id, sep_id, mask_id: XLNet's 3, 4 and 6; None in T5's.
-      bos_id: None.
+      pad_id, eos_id, unk_id: 0, 1 and 2 in T5's layout and the common one; 5, 7 and 0 in XLNet's.
+      bos_id: 1 in XLNet's, 3 in the common one; None in T5's.
+      cls_id, sep_id, mask_id: 3, 4 and 6 in XLNet's, 4, 5 and 6 in the common one; None in T5's.
       sentinels: int32; `sentinels[k]` is the id of <extra_id_k>. XLNet's has none.
+      special_ids: int32, of all these and any other control tokens, ascending.
       sha256: names the model and its sentinels.
     """
 
@@ -70,7 +72,8 @@ class SentencePieceTokenizer:
         self.pad_id = self._pieces.pad_id() if pad is None else pad
         self.eos_id = self._pieces.eos_id() if end is None else end
         self.unk_id = self._pieces.unk_id()
-        self.bos_id = None
+        start = self._pieces.bos_id()
+        self.bos_id = None if start < 0 else start
         for token in ("pad", "eos"):
             if getattr(self, f"{token}_id") < 0:
                 raise ValueError(
@@ -86,6 +89,8 @@ class SentencePieceTokenizer:
         self.vocab_size = size if own else size + extra_ids
         self.sentinels = np.array(own or appended, np.int32)
         self._sentinel_number = {int(id): k for k, id in enumerate(self.sentinels)}
+        control = [id for id in range(size) if self._pieces.is_control(id)]
+        self.special_ids = np.unique([self.unk_id, *control, *self.sentinels]).astype(np.int32)
         self.sha256 = hashlib.sha256(model + str(self.sentinels.tolist()).encode()).hexdigest()
 
     @classmethod
@@ -119,7 +124,7 @@ class SentencePieceTokenizer:
     def files(self) -> dict[str, bytes]:
         """What a Hugging Face directory holds of it."""
         size, special = self._pieces.get_piece_size(), {}
-        for name in ("pad", "eos", "unk", "cls", "sep", "mask"):
+        for name in ("pad", "bos", "eos", "unk", "cls", "sep", "mask"):
             id = getattr(self, f"{name}_id")
             if id is not None:
                 special[f"{name}_token"] = self._pieces.id_to_piece(id)
@@ -211,6 +216,11 @@ XLNET_LAYOUT = dict(
     control_symbols=["<cls>", "<sep>", "<pad>", "<mask>", "<eod>"],
     user_defined_symbols=["<eop>"],
 )
+COMMON_LAYOUT = T5_LAYOUT | dict(
+    bos_id=3,
+    control_symbols=["<cls>", "<sep>", "<mask>", *(f"<extra_id_{k}>" for k in range(100))],
+)
+LAYOUTS = dict(unigram=T5_LAYOUT, xlnet_unigram=XLNET_LAYOUT, common_unigram=COMMON_LAYOUT)
 
 
 def train_tokenizer(
@@ -231,7 +241,7 @@ def train_tokenizer(
       texts: documents.
       vocab_size: pieces, without the `extra_ids` sentinels that are appended; fewer where the
         text is too short for so many.
-      layout: the trainer's settings for special tokens, T5_LAYOUT or XLNET_LAYOUT.
+      layout: the trainer's settings for special tokens, one of LAYOUTS.
       character_coverage: the share of the text whose characters get a piece, 0.98 to 1. None: all
         of it, unless the text has so many different characters that the rare ones would fill the
         vocabulary, as in Korean, Chinese and Japanese (see `default_coverage`).
@@ -291,7 +301,7 @@ def default_coverage(texts: Sequence[str], vocab_size: int) -> float:
 
 
 Tokenizer = SentencePieceTokenizer | FastTokenizer
-Subwords = Literal["unigram", "xlnet_unigram", "byte_bpe", "wordpiece"]
+Subwords = Literal["unigram", "xlnet_unigram", "common_unigram", "byte_bpe", "wordpiece"]
 
 
 def load_tokenizer(path: str | os.PathLike, extra_ids: int = 100) -> Tokenizer:
@@ -361,8 +371,8 @@ def cached_tokenizer(
     Of several processes that ask at once, one trains and the others wait for it.
 
     Args:
-      subwords: unigram or xlnet_unigram, by SentencePiece (see `train_tokenizer`, whose settings
-        are those below), or one of `fast_tokenizers`.
+      subwords: one of LAYOUTS, by SentencePiece (see `train_tokenizer`, whose settings are those
+        below), or one of `fast_tokenizers`.
       lower_case: for byte-level BPE.
     """
     kind = f"{subwords} of lower case" if lower_case else subwords
@@ -374,11 +384,11 @@ def cached_tokenizer(
         if not path.exists():
             message = f"training a tokenizer of {vocab_size:,} pieces on {source.name}"
             with Console(stderr=True).status(message):
-                if subwords in ("unigram", "xlnet_unigram"):
+                if subwords in LAYOUTS:
                     train_tokenizer(
                         source.documents(split),
                         vocab_size,
-                        layout=T5_LAYOUT if subwords == "unigram" else XLNET_LAYOUT,
+                        layout=LAYOUTS[subwords],
                         character_coverage=character_coverage,
                         max_characters=max_characters,
                     ).save(path)

@@ -20,6 +20,8 @@ from typing import ClassVar
 
 import numpy as np
 
+STOPS = (".", "?", "!", "。")
+
 
 def permute_sentences(
     tokens: np.ndarray, ends: np.ndarray, share: float, rng: np.random.Generator
@@ -235,11 +237,8 @@ class BartDenoising:
                 "denoising needs tokens that start a text and that hide words, and the tokenizer"
                 " lacks them: take one of BART's kind (--data.subwords byte_bpe or wordpiece)"
             )
-        ends = np.zeros(tokenizer.vocab_size, bool)
-        for stop in ".?!。":
-            ids = tokenizer.encode(stop)
-            if len(ids) == 1 and ids[0] != tokenizer.unk_id:
-                ends[ids] = True
+        # Not by encoding: SentencePiece's full stop has other ids within a text than by itself.
+        ends = np.array([tokenizer.decode([id]) in STOPS for id in range(tokenizer.vocab_size)])
         if self.permute and not ends.any():
             raise ValueError(
                 "the tokenizer has no token for a full stop, so that sentences cannot be told"

@@ -13,11 +13,18 @@ from transformers import XLNetTokenizer
 from lmjax.data import cache
 from lmjax.data import tokenizers as module
 from lmjax.data.tokenizers import (
+    COMMON_LAYOUT,
     XLNET_LAYOUT,
     SentencePieceTokenizer,
     cached_tokenizer,
     train_tokenizer,
 )
+from lmjax.objectives.bart_denoising import BartDenoising
+from lmjax.objectives.causal_lm import CausalLM
+from lmjax.objectives.denoising import SpanCorruption
+from lmjax.objectives.masked_lm import MaskedLM
+from lmjax.objectives.masked_pairs import MaskedPairs
+from lmjax.objectives.permutation_lm import PermutationLM
 
 WORDS = (
     "the quick brown fox jumps over lazy dog array returned sorted values unable shape key "
@@ -94,8 +101,9 @@ def test_text_with_sentinels_survives_there_and_back(tokenizer, text):
 def test_xlnets_layout(tmp_path):
     """Its ids, and those of transformers' tokenizer of the same files."""
     pieces = train_tokenizer(texts(), 140, layout=XLNET_LAYOUT)
-    special = [pieces.unk_id, pieces.cls_id, pieces.sep_id, pieces.pad_id, pieces.mask_id]
-    assert [*special, pieces.eos_id] == [0, 3, 4, 5, 6, 7]
+    special = [pieces.unk_id, pieces.bos_id, pieces.cls_id, pieces.sep_id, pieces.pad_id]
+    assert [*special, pieces.mask_id, pieces.eos_id] == [0, 1, 3, 4, 5, 6, 7]
+    assert pieces.special_ids.tolist() == list(range(8))  # </s> among them, <eop> not
     assert pieces.vocab_size == 140 and len(pieces.sentinels) == 0
     for name, content in pieces.files().items():
         (tmp_path / name).write_bytes(content)
@@ -112,6 +120,35 @@ def test_xlnets_layout(tmp_path):
     assert starts[words].sum() == 3 and starts[[3, 4, 7]].all()
 
 
+OBJECTIVES = [
+    MaskedPairs(),
+    MaskedLM(),
+    PermutationLM(),
+    BartDenoising(),
+    SpanCorruption(),
+    CausalLM(),
+]
+
+
+def test_the_common_layout_has_what_every_objective_asks_for():
+    pieces = train_tokenizer(texts(), 240, layout=COMMON_LAYOUT)
+    assert (pieces.pad_id, pieces.eos_id, pieces.unk_id, pieces.bos_id) == (0, 1, 2, 3)
+    assert (pieces.cls_id, pieces.sep_id, pieces.mask_id) == (4, 5, 6)
+    np.testing.assert_array_equal(pieces.sentinels, np.arange(7, 107))
+    assert pieces.vocab_size == 240 and pieces.special_ids.tolist() == list(range(107))
+    for objective in OBJECTIVES:
+        objective.bind(pieces)
+    text = "the <extra_id_0> fox <extra_id_1>"
+    assert pieces.decode(pieces.encode(text)) == text
+    corpus = np.concatenate(pieces.encode_batch([text, "<s> the <mask> fox <sep> </s>"]))
+    assert set(corpus) & set(pieces.special_ids) <= {pieces.unk_id}
+
+
+def test_special_ids_are_no_words(tokenizer):
+    assert tokenizer.bos_id is None
+    assert tokenizer.special_ids.tolist() == [0, 1, 2, *range(120, 220)]
+
+
 def test_a_tokenizer_of_xlnets_kind_is_kept_and_known(monkeypatch, tmp_path):
     monkeypatch.setenv("LMJAX_CACHE", str(tmp_path))
 
@@ -126,6 +163,7 @@ def test_a_tokenizer_of_xlnets_kind_is_kept_and_known(monkeypatch, tmp_path):
 
     first = cached_tokenizer(Texts(), 140, subwords="xlnet_unigram")
     assert first.cls_id == 3
+    assert cached_tokenizer(Texts(), 240, subwords="common_unigram").cls_id == 4
     assert cached_tokenizer(Texts(), 140, subwords="xlnet_unigram").sha256 == first.sha256
     assert cached_tokenizer(Texts(), 140).cls_id is None
     assert pickle.loads(pickle.dumps(first)).sha256 == first.sha256

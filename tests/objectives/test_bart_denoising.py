@@ -201,8 +201,8 @@ def test_needs_a_full_stop_to_permute():
         bos_id, eos_id, mask_id, unk_id, vocab_size = 0, 2, 4, 3, 9
         special_ids = np.arange(5)
 
-        def encode(self, text):
-            return [self.unk_id]
+        def decode(self, ids):
+            return "letter"
 
         def starts_word(self):
             return np.ones(9, bool)
