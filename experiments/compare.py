@@ -34,15 +34,15 @@ The test: 256 passages of 64 tokens, held out, with a word hidden, and ten words
     T5                        939,136          17.2 %   2.55
     chance                                     10.0 %   2.30
 
-(a share has a standard error of up to 3 %). So early, what counts is how many words a model is
-asked for: BART and GPT-2 write all of the text and are on their way after 300,000 tokens; BERT,
-RoBERTa and T5, asked for one word in seven, have hardly begun to read the context.
+(the shares have standard errors of 2 to 3 %). BART and GPT-2, which write all of the text, are on
+their way after 300,000 tokens; BERT, RoBERTa and T5, asked for one token in seven, have hardly
+begun to read the context; XLNet, asked for one in four because its rows overlap, lies between.
 
-Memory is judged by XLNet's own held-out loss, in documents that began in the rows before, by the
+Memory is judged by XLNet's own held-out loss, on documents that began in the rows before, by the
 word's place in its row. Emptied, it costs the model that was trained with it 0.068 nats among the
-first 12 places, where little of the row lies to the left, and nothing behind the 24th (0.012 +-
-0.002 over all). But twice as many keys make it a slower learner: after as many tokens the model
-that never had a memory is ahead, by 0.44 nats.
+first 12 places, where little of the row lies before the word, and next to nothing further on (0.012
+over all, standard error 0.002). But a model with memory learns more slowly here: after as many
+tokens the one that never had any is ahead by 0.44 nats.
 """
 
 import collections
