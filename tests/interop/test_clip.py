@@ -80,13 +80,13 @@ def batch():
     tokens[np.arange(5), [3, 11, 1, 7, 7]] = END
     tokens[0, 8:10] = 96, END
     pictures = rng.uniform(size=(5, 24, 24, 3)).astype(np.float32)
-    return {"pictures": pictures, "inputs": tokens, "loss_weights": np.ones(5, np.float32)}
+    return {"pictures": pictures, "captions": tokens, "loss_weights": np.ones(5, np.float32)}
 
 
 def outputs(model, batch):
     normalized = (batch["pictures"] - np.float32(MEAN)) / np.float32(DEVIATION)
     return model(
-        input_ids=torch.from_numpy(batch["inputs"]),
+        input_ids=torch.from_numpy(batch["captions"]),
         pixel_values=torch.from_numpy(normalized.transpose(0, 3, 1, 2).copy()),
         return_loss=True,
     )
@@ -98,7 +98,7 @@ def check_embeddings_and_logits(theirs, model, params, batch):
 
     def ours(params):
         bound = model.bind({"params": params})
-        pictures, texts = batch["pictures"], batch["inputs"]
+        pictures, texts = batch["pictures"], batch["captions"]
         vectors = bound.encode_pictures(pictures), bound.encode_texts(texts)
         return *vectors, bound(pictures, texts)
 
