@@ -1,0 +1,1 @@
+"""How fast lmjax is, beside whatever else is installed; `python -m experiments.benchmark`."""
