@@ -71,20 +71,25 @@ def train_step(
     )
     finite = jnp.isfinite(loss) & jnp.isfinite(squares).all()
 
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    step = state.step + 1
-    ema = None if averaging is None else averaging.update(state.ema, params, step)
-    updates_done = state.opt_state[0]  # the states of all optimizers begin with it
-    new = TrainState(step, params, extra, opt_state, ema, state.rng)
-    old = state._replace(step=step)
     metrics = {
         **metrics,
         "loss": loss,
         "grad_norm": jnp.sqrt(squares.sum()),
-        "learning_rate": schedule(updates_done),
+        "learning_rate": schedule(state.opt_state[0]),  # all begin with the updates done
     }
-    state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+
+    def update(state: TrainState) -> TrainState:
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        ema = None if averaging is None else averaging.update(state.ema, params, step)
+        return TrainState(step, params, extra, opt_state, ema, state.rng)
+
+    def pass_over(state: TrainState) -> TrainState:
+        return state._replace(step=state.step + 1)
+
+    # A choice array by array, between new and old, would keep both in memory.
+    state = jax.lax.cond(finite, update, pass_over, state)
     return state, Outcome(metrics, squares)
 
 

@@ -38,8 +38,8 @@ from lmjax.training.step import arrange, lower_step, prepare, shardings
 STEPS = 4
 ROWS = 16
 
-# Gated, because GELU is smooth: where an input of ReLU is 0 up to rounding, as one unit's was here in
-# the third step on some machines, gradients jump, and no two layouts need agree.
+# Gated, because GELU is smooth: where an input of ReLU is 0 up to rounding, as one unit's was here
+# in the third step on some machines, gradients jump, and no two layouts need agree.
 EVEN = T5Config(
     vocab=1_024,
     layers=2,
