@@ -26,6 +26,7 @@ import importlib
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 TENSOR_WAYS = (2, 4, 8, 16)
@@ -39,7 +40,9 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("experiment", help="a module of experiments: t5_pretrain")
+    parser.add_argument(
+        "experiment", help="a module of experiments: t5_pretrain; or as --experiment t5_pretrain"
+    )
     parser.add_argument(
         "--topology", required=True, nargs="+", metavar="NAME", help="v3:32x32, v5e:2x4, cpu:8, ..."
     )
@@ -55,7 +58,11 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
         "--markdown", type=Path, metavar="FILE", help="with --sweep: write a table of the best"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports here too")
-    return parser.parse_known_args()
+    words = sys.argv[1:]
+    if "--experiment" in words[:-1]:
+        at = words.index("--experiment")
+        words = [words[at + 1], *words[:at], *words[at + 2 :]]
+    return parser.parse_known_args(words)
 
 
 def main() -> None:

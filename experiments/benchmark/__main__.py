@@ -4,12 +4,14 @@
     python -m experiments.benchmark t5 --batch 4 --inputs 128 --targets 32 --rounds 1
     python -m experiments.benchmark text
     python -m experiments.benchmark text --models bert gpt2
+    python -m experiments.benchmark dalle
 
 Trains (AdamW, float32, dropout off) a model of the same shape with lmjax, with transformers'
 PyTorch and with transformers 4.57's Flax (which has no XLNet), and writes (greedily, with a cache)
-with T5 and GPT-2. Each library is in a process of its own, in turns, so that a busy machine slows
-them alike; the best turn counts. lmjax takes the step that `fit` takes, with its checks. Peak
-memory is that of training, on the accelerator if there is one.
+with T5 and GPT-2. DALL-E's transformer is compared with dalle-pytorch's, and draws. Each library is
+in a process of its own, in turns, so that a busy machine slows them alike; the best turn counts.
+lmjax takes the step that `fit` takes, with its checks. Peak memory is that of training, on the
+accelerator if there is one.
 
 All compute the same loss, and the logits that it needs: those of every token in T5, GPT-2 and BART,
 of guessed words in XLNet. In BERT, which guesses a sixth of the words and judges whether the second
@@ -17,7 +19,8 @@ sentence follows the first, lmjax computes the logits of guessed words alone; th
 were written, those of all words.
 
 Then what only lmjax has: tokens per second of the objectives and, with t5, of batches, and the
-memory of the loss over mT5's vocabulary.
+memory of the loss over mT5's vocabulary; with dalle, what its cache and its sparse attention are
+worth.
 """
 
 import dataclasses
@@ -136,13 +139,61 @@ class Text(Turns):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class DALLE(Turns):
+    """DALL-E's transformer, narrow, over the paper's stream of 256 + 1,024 tokens. About five
+    minutes on two CPU cores, most of them dalle-pytorch's."""
+
+    batch: int = 2
+    text_length: int = 256
+    grid: int = 32
+    """Rows and columns of a picture's tokens."""
+    conv_extent: int = 11
+    layers: int = 4
+    width: int = 128
+    heads: int = 2
+    samples: int = 2
+    """Pictures drawn at once."""
+
+    def cases(self) -> list[Case]:
+        from lmjax.models.dalle import DALLEConfig
+
+        config = DALLEConfig(
+            text_vocab=512,
+            text_length=self.text_length,
+            image_vocab=512,
+            grid=self.grid,
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            feed_forward=4 * self.width,
+            conv_extent=self.conv_extent,
+        )
+        return [
+            Case(
+                "dalle",
+                described(config),
+                self.batch,
+                config.text_length - 1,
+                config.image_length,
+                self.steps,
+                self.samples,
+                config.text_length - 1,
+                config.image_length,
+                config.kinds,
+            )
+        ]
+
+
 def described(config) -> dict:
     return dataclasses.asdict(dataclasses.replace(config, dropout=0.0))
 
 
 def main() -> None:
     settings = tyro.cli(
-        Annotated[T5, tyro.conf.subcommand("t5")] | Annotated[Text, tyro.conf.subcommand("text")],
+        Annotated[T5, tyro.conf.subcommand("t5")]
+        | Annotated[Text, tyro.conf.subcommand("text")]
+        | Annotated[DALLE, tyro.conf.subcommand("dalle")],
         description=__doc__,
     )
     console = Console()
@@ -156,7 +207,8 @@ def main() -> None:
     extras = {}
     if settings.extras:
         system = type(settings).__name__.lower()
-        extras = in_own_process("lmjax alone", "experiments.benchmark.alone", system=system)
+        given = {"system": system, "case": dataclasses.asdict(cases[0])}
+        extras = in_own_process("lmjax alone", "experiments.benchmark.alone", **given)
     for name, value in extras.items():
         console.print(f"{name}: {value}")
     if settings.json is not None:

@@ -1,8 +1,11 @@
-"""What only lmjax has: how fast its objectives and batches are, and the memory of its loss."""
+"""What only lmjax has: how fast its objectives and batches are, the memory of its loss, and what
+DALL-E's sparse attention and its cache are worth."""
 
 import dataclasses
+import functools
 import tempfile
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmark.harness import random_tokens, timed
-from experiments.benchmark.lmjax_models import fit_step, whole_batch
+from experiments.benchmark.harness import Case, random_tokens, timed
+from experiments.benchmark.lmjax_models import fit_step, task_of, whole_batch, writing
 from lmjax.data.batches import IndexedBatches, Windows
 from lmjax.data.lanes import Lane, Sentences
 from lmjax.data.token_store import TokenStore, build_token_store
+from lmjax.models.dalle import DALLEConfig, mask, stream_attention
+from lmjax.models.layers import whole_attention
 from lmjax.models.t5 import PRESETS, T5
 from lmjax.objectives.bart_denoising import BartDenoising
 from lmjax.objectives.causal_lm import CausalLM
@@ -33,9 +38,11 @@ SENTENCE = 25
 """Tokens of a sentence, END included."""
 
 
-def measure(system: str) -> dict[str, str]:
+def measure(system: str, case: Case) -> dict[str, str]:
     if system == "text":
         return text_speeds()
+    if system == "dalle":
+        return {**worth_of_cache(case), **worth_of_sparsity(case)}
     return {**t5_speeds(), **loss_memory(512), **loss_memory(768), **mt5_base_memory()}
 
 
@@ -148,3 +155,49 @@ def mt5_base_memory() -> dict[str, str]:
     state_bytes, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     text = f"{temporary / 1e9:.2f} temporary beside {state_bytes / 1e9:.2f} of state"
     return {"mT5-base, a whole step of 8 x (512, 114), GB": text}
+
+
+def worth_of_cache(case: Case) -> dict[str, str]:
+    """Drawing with and without; every pass over the whole stream takes the same time, so a few of
+    them are timed and counted as one for each token."""
+    task = task_of(case)
+    c, model, params = task.model.config, task.model, task.init(jax.random.key(0)).params
+    tokens = jnp.zeros((case.decode_batch, c.length), jnp.int32)
+
+    @jax.jit
+    def next_code(params, tokens):
+        features = model.apply({"params": params}, tokens, method="features")[:, -1]
+        return (features @ params["output"][: c.image_vocab].T).argmax(-1)
+
+    whole = c.image_length * fastest(lambda: next_code(params, tokens))
+    cached = fastest(writing(case, model, params))
+    text = f"{cached:.2f} with a cache, {whole:.1f} without ({whole / cached:.0f})"
+    return {f"drawing {case.decode_batch} x {c.image_length} tokens, seconds": text}
+
+
+def worth_of_sparsity(case: Case) -> dict[str, str]:
+    """One layer of each kind, forwards and backwards, by blocks and as a masked product."""
+    config = DALLEConfig(**case.config)
+    shape = (3, case.decode_batch, config.length, config.heads, config.head_width)
+    operands = jax.random.normal(jax.random.key(0), shape)
+
+    def gradient(attend: Callable):
+        run = jax.jit(jax.grad(lambda operands: jnp.square(attend(*operands)).sum()))
+        return 1e3 * fastest(lambda: run(operands))
+
+    figures = {}
+    for kind in ("row", "column", "conv"):
+        ours = gradient(functools.partial(stream_attention, config, kind))
+        full = gradient(lambda *qkv, kind=kind: whole_attention(*qkv, mask(kind, config)))
+        products = config.scores(kind) / config.length**2
+        figures[f"attention of a {kind} layer, gradient, ms"] = (
+            f"{ours:.1f} by blocks, {full:.1f} masked ({ours / full:.2f}; {products:.2f} of its"
+            " products)"
+        )
+    return figures
+
+
+def fastest(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of three, after one that compiles."""
+    jax.block_until_ready(run())
+    return timed(lambda: jax.block_until_ready(run()), 3)

@@ -28,6 +28,7 @@ MODULES = {
     "lmjax": "experiments.benchmark.lmjax_models",
     "transformers PyTorch": "experiments.benchmark.torch_models",
     "transformers Flax": "experiments.benchmark.flax_models",
+    "dalle-pytorch": "experiments.benchmark.dalle_pytorch_model",
 }
 MEASURE = "--measure"  # how the benchmark calls itself
 
@@ -48,6 +49,8 @@ class Case:
     decode_batch: int = 0
     decode_inputs: int = 0
     decode_tokens: int = 0
+    kinds: tuple[str, ...] = ()
+    """Of DALL-E's layers: row, column or conv."""
 
     @property
     def sizes(self) -> types.SimpleNamespace:
@@ -60,6 +63,8 @@ class Case:
 
 def libraries(model: str) -> dict[str, bool]:
     """Those that have the model; and whether they are installed."""
+    if model == "dalle":
+        return {"lmjax": True, "dalle-pytorch": has_dalle_pytorch()}
     installed = {"lmjax": True, "transformers PyTorch": has_torch_models()}
     if model != "xlnet":
         installed["transformers Flax"] = has_flax_models()
@@ -75,6 +80,10 @@ def has_flax_models() -> bool:
     if importlib.util.find_spec("transformers") is None:
         return False
     return importlib.util.find_spec("transformers.models.t5.modeling_flax_t5") is not None
+
+
+def has_dalle_pytorch() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("torch", "dalle_pytorch"))
 
 
 def compare(cases: list[Case], rounds: int, progress: Progress) -> dict[str, dict[str, Figures]]:
@@ -185,6 +194,12 @@ def prompts(case: Case) -> np.ndarray:
     return random_tokens(case.decode_batch, case.decode_inputs, vocab=case.sizes.vocab)
 
 
+def picture_tokens(case: Case, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Captions [rows, inputs] and the codes of their pictures [rows, targets]."""
+    captions = random_tokens(rows, case.inputs, vocab=case.sizes.text_vocab)
+    return captions, random_tokens(rows, case.targets, vocab=case.sizes.image_vocab, seed=1)
+
+
 def timed(call: Callable[[], object], repeats: int) -> float:
     """Seconds of the fastest call."""
     seconds = []
@@ -233,3 +248,26 @@ def timed_jax_training(step: Callable, state, steps: int) -> tuple[Figures, Any]
         "peak_bytes": peak_bytes(),
     }
     return figures, state
+
+
+def timed_torch_training(loss: Callable[[], Any], parameters: list, steps: int) -> Figures:
+    """Figures of AdamW's steps down the gradient of `loss()`."""
+    import torch
+
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+
+    def call():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+        value.item()
+
+    first = timed(call, 1)
+    seconds = timed(call, steps)
+    gpu = torch.cuda.is_available()
+    return {
+        "step_seconds": seconds,
+        "compile_seconds": max(first - seconds, 0.0),
+        "peak_bytes": torch.cuda.max_memory_allocated() if gpu else peak_bytes(),
+    }

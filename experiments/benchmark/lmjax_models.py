@@ -1,6 +1,7 @@
 """What lmjax does with a `Case`: the step that `fit` takes, with its checks, and `generate`."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -12,13 +13,16 @@ from experiments.benchmark.harness import (
     Case,
     Figures,
     examples,
+    picture_tokens,
     prompts,
     timed_decoding,
     timed_jax_training,
 )
 from lmjax.decoding.generate import generate
+from lmjax.decoding.pictures import draw
 from lmjax.models.bart import Bart, BartConfig
 from lmjax.models.bert import Bert, BertConfig
+from lmjax.models.dalle import DALLE, DALLEConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.t5 import T5, T5Config
 from lmjax.models.xlnet import XLNet, XLNetConfig
@@ -27,6 +31,7 @@ from lmjax.tasks.masked import Masked
 from lmjax.tasks.permuted import Permuted
 from lmjax.tasks.seq2seq import Seq2Seq
 from lmjax.tasks.task import Task
+from lmjax.tasks.text_to_image import TextToImage
 from lmjax.training.execution import ExecutionOptions
 from lmjax.training.optimizers import AdamW
 from lmjax.training.schedules import Constant
@@ -41,6 +46,7 @@ class System(NamedTuple):
 SYSTEMS = {
     "bart": System(Bart, BartConfig),
     "bert": System(Bert, BertConfig),
+    "dalle": System(DALLE, DALLEConfig),
     "gpt2": System(GPT2, GPT2Config),
     "t5": System(T5, T5Config),
     "xlnet": System(XLNet, XLNetConfig),
@@ -55,15 +61,18 @@ def measure(case: Case) -> Figures:
     figures, state = timed_jax_training(lambda state: step(state, batch), state, case.steps)
     if not case.decode_batch:
         return figures
-    write = functools.partial(
-        generate,
-        task.model,
-        state.params,
-        jnp.asarray(prompts(case)),
-        max_length=case.decode_tokens,
-        eos=None,
-    )
+    write = writing(case, task.model, state.params)
     return figures | timed_decoding(lambda: jax.block_until_ready(write()), case)
+
+
+def writing(case: Case, model: nn.Module, params) -> Callable[[], object]:
+    """What writes `decode_tokens` in each of `decode_batch` rows."""
+    if case.model == "dalle":
+        captions, _ = picture_tokens(case, case.decode_batch)
+        return functools.partial(draw, model, params, captions, key=jax.random.key(0))
+    length = case.decode_tokens
+    tokens = jnp.asarray(prompts(case))
+    return functools.partial(generate, model, params, tokens, max_length=length, eos=None)
 
 
 def task_of(case: Case) -> Task:
@@ -73,6 +82,8 @@ def task_of(case: Case) -> Task:
     match case.model:
         case "bert":
             return Masked(model)
+        case "dalle":
+            return TextToImage(model)
         case "gpt2":
             return Causal(model)
         case "xlnet":
@@ -85,6 +96,11 @@ def task_of(case: Case) -> Task:
 
 def batch_of(case: Case) -> dict[str, np.ndarray]:
     """The arrays of a batch with no padding."""
+    if case.model == "dalle":
+        captions, codes = picture_tokens(case, case.batch)
+        lengths = np.full(case.batch, case.inputs, np.int32)
+        batch = {"captions": captions, "captions_lengths": lengths, "image_tokens": codes}
+        return batch | {"loss_weights": np.ones(case.batch, np.float32)}
     given = examples(case)
     batch = whole_batch(given["inputs"], given["targets"])
     if case.model in ("bert", "xlnet"):

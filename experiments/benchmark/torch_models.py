@@ -1,7 +1,6 @@
 """What transformers' PyTorch models do with a `Case`: their own losses, `torch.optim.AdamW`, and
 their own `generate`."""
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -12,10 +11,9 @@ from experiments.benchmark.harness import (
     Case,
     Figures,
     examples,
-    peak_bytes,
     prompts,
-    timed,
     timed_decoding,
+    timed_torch_training,
 )
 from experiments.benchmark.transformers_configs import transformers_config
 
@@ -32,26 +30,9 @@ IGNORED = -100  # the label of what is not to be guessed
 def measure(case: Case) -> Figures:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MODELS[case.model](transformers_config(case)).train().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch = {name: torch.from_numpy(x).to(device) for name, x in batch_of(case).items()}
-
-    def call():
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        loss.item()
-
-    start = time.perf_counter()
-    call()
-    first = time.perf_counter() - start
-    seconds = timed(call, case.steps)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
-    figures = {
-        "step_seconds": seconds,
-        "compile_seconds": max(first - seconds, 0.0),
-        "peak_bytes": peak,
-    }
+    parameters = list(model.parameters())
+    figures = timed_torch_training(lambda: model(**batch).loss, parameters, case.steps)
     if not case.decode_batch:
         return figures
     model.eval()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.benchmark import alone, flax_models, harness, lmjax_models, torch_models
-from experiments.benchmark.__main__ import Text
+from experiments.benchmark.__main__ import DALLE, Text
 from experiments.benchmark.transformers_configs import transformers_config
 
 TINY = Text(layers=1, width=64, batch=2, length=16, steps=1, decode_tokens=3)
@@ -84,6 +84,22 @@ def test_orders_hide_the_same_words_from_xlnets_guesses():
                 read = other == -1 if own == -1 else other < own
                 assert of_row[i, j] == (not read)
         assert sorted(row[row >= 0]) == list(range(case.targets))
+
+
+def test_dalle_draws_and_says_what_its_cache_and_sparsity_are_worth():
+    sizes = {"text_length": 8, "grid": 4, "conv_extent": 3, "layers": 1, "width": 16, "steps": 1}
+    (case,) = DALLE(**sizes).cases()
+    figures = lmjax_models.measure(case)
+    assert figures["step_seconds"] > 0 and figures["decode_tokens_per_second"] > 0
+    worth = alone.measure("dalle", case)
+    assert "drawing 2 x 16 tokens, seconds" in worth
+    assert "0.67 of its products" in worth["attention of a row layer, gradient, ms"]
+
+
+def test_dalle_is_compared_with_what_is_installed(monkeypatch):
+    util = types.SimpleNamespace(find_spec=lambda name: name != "dalle_pytorch" or None)
+    monkeypatch.setattr(harness, "importlib", types.SimpleNamespace(util=util))
+    assert harness.libraries("dalle") == {"lmjax": True, "dalle-pytorch": False}
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

@@ -48,7 +48,9 @@ def test_a_plan_says_what_a_run_needs(small):
 
 def test_gpus_borrow_a_program(tmp_path, small):
     found, printed = report(
-        tmp_path / "gpu.json", "t5_pretrain", "--topology", "h100:4", *SLICE[2:]
+        tmp_path / "gpu.json",
+        *("--topology", "h100:4", "--experiment", "t5_pretrain"),
+        *SLICE[2:],
     )
     assert found["topology"] == "h100:4" and found["compiled_for"] == "v5p:2x2x1"
     assert found["model_flops_per_step"] == small[0]["model_flops_per_step"]
