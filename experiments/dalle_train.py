@@ -43,6 +43,7 @@ from lmjax.models import dalle
 from lmjax.models.dalle import DALLE, DALLEConfig
 from lmjax.models.dvae import codes_of
 from lmjax.pretraining import PictureRun, optimizer_choices, pretrain
+from lmjax.tasks.gradient_scaling import GradientScaling
 from lmjax.tasks.task import as_floats
 from lmjax.tasks.text_to_image import TextToImage
 from lmjax.training.execution import ExecutionOptions
@@ -65,9 +66,24 @@ class DALLETrain(PictureRun):
     """The workdir of a dVAE (`experiments.dvae_train`), whose codes the pictures become."""
     text_weight: float = 1 / 8
     """Of the text in the loss; the image has the rest."""
+    gradient_scaling: int | None = None
+    """For --execution.dtype float16: scale the gradients of each residual branch, from 8,192 times
+    so many replicas on (the paper has 128). Scales are tried out, so --fit.nonfinite skip must be
+    set too."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gradient_scaling is not None and self.fit.nonfinite != "skip":
+            raise ValueError(
+                "--gradient-scaling finds its scales by overflowing now and then: add"
+                " --fit.nonfinite skip, which leaves such steps out"
+            )
 
     def task(self, devices: Sequence[jax.Device] | None = None) -> TextToImage:
-        return TextToImage(DALLE(self.model, self.execution.resolve(devices)), self.text_weight)
+        model = DALLE(self.model, self.execution.resolve(devices))
+        replicas = self.gradient_scaling
+        scaling = None if replicas is None else GradientScaling(replicas)
+        return TextToImage(model, self.text_weight, scaling)
 
     def rows(self) -> dict[str, int]:
         captions = self.model.text_length - 1

@@ -94,6 +94,11 @@ class Run(abc.ABC):
             raise ValueError(f"--seed is {self.seed}, not between 0 and 2**32 - 1")
         if self.workers < 0:
             raise ValueError(f"--workers is {self.workers}, not 0 or more")
+        if self.execution.dtype == "float16" and getattr(self, "gradient_scaling", None) is None:
+            raise ValueError(
+                "--execution.dtype float16 lets small gradients vanish: choose bfloat16, or train"
+                " DALL-E with --gradient-scaling"
+            )
         self.averaging  # noqa: B018 (checks it)
 
     @abc.abstractmethod

@@ -17,12 +17,12 @@ stream is position 0's padding, for which no parameters are needed, and as capti
 `text_length - 1` tokens, it is always the last text position's padding that starts the image.
 Position p reads token p - 1, has the place of token p and predicts token p; masks are of positions.
 Departures: none of the image is seen out of raster order, as it would be if the row's window were
-taken literally down columns. Gradients are not scaled by residual blocks (section 2.4): in bfloat16
-they need not be.
+taken literally down columns. Gradients are scaled by residual branches (section 2.4) where `scales`
+are given, for float16; in bfloat16 they need not be.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -45,7 +45,9 @@ from lmjax.models.layers import (
     dropout,
     dropout_key,
     few_rows_logits,
+    into_branch,
     lookup,
+    out_of_branch,
     rematerialised,
     split_heads,
     stack,
@@ -380,14 +382,22 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], state: LayerState | None = None, length=None
+        self,
+        x: Float[Array, "B T D"],
+        state: LayerState | None = None,
+        length=None,
+        scales: Float[Array, "2"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         c, e = self.config, self.execution
-        normed = LayerNorm(c.norm_epsilon, e, name="attention_norm")(x)
+        of_attention, of_feed_forward = (None, None) if scales is None else scales
+        normed = LayerNorm(c.norm_epsilon, e, name="attention_norm")(into_branch(x, of_attention))
         attended, own = Attention(c, e, self.kind, name="attention")(normed, state, length)
-        x = x + dropout(self, attended, c.dropout)
-        normed = LayerNorm(c.norm_epsilon, e, name="feed_forward_norm")(x)
-        x = x + dropout(self, FeedForward(c, e, name="feed_forward")(normed), c.dropout)
+        x = x + out_of_branch(dropout(self, attended, c.dropout), of_attention)
+        normed = LayerNorm(c.norm_epsilon, e, name="feed_forward_norm")(
+            into_branch(x, of_feed_forward)
+        )
+        forward = dropout(self, FeedForward(c, e, name="feed_forward")(normed), c.dropout)
+        x = x + out_of_branch(forward, of_feed_forward)
         return constrain(x, "batch", "activation_length", "activation_embed"), own
 
 
@@ -400,9 +410,12 @@ class Block(nn.Module):
     def setup(self):
         self.layers = [Layer(self.config, self.execution, kind) for kind in BLOCK]
 
-    def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], None]:
-        for layer in self.layers:
-            x, _ = layer(x)
+    def __call__(
+        self, x: Float[Array, "B S D"], scales: Float[Array, "4 2"] | None
+    ) -> tuple[Float[Array, "B S D"], None]:
+        of_layers = [None] * len(BLOCK) if scales is None else scales
+        for layer, own in zip(self.layers, of_layers, strict=True):
+            x, _ = layer(x, scales=own)
         return x, None
 
 
@@ -414,16 +427,22 @@ class DALLE(nn.Module):
 
     def setup(self):
         c, e = self.config, self.execution
-        self.embedding = weight(self, "embedding", INIT, vocab=c.vocab, embed=c.width)
-        self.positions = weight(self, "positions", INIT, positions=c.text_length, embed=c.width)
-        self.rows = weight(self, "rows", INIT, positions=c.grid, embed=c.width)
-        self.columns = weight(self, "columns", INIT, positions=c.grid, embed=c.width)
+        # What float16 would let vanish stays outside of it: the stream, and both of its ends.
+        ends = dataclasses.replace(e, dtype="float32") if e.dtype == "float16" else e
+
+        def table(name: str, **axes: int):
+            return weight(self, name, INIT, ends.dtype, **axes, embed=c.width)
+
+        self.embedding = table("embedding", vocab=c.vocab)
+        self.positions = table("positions", positions=c.text_length)
+        self.rows = table("rows", positions=c.grid)
+        self.columns = table("columns", positions=c.grid)
         if c.blocks:
-            self.blocks = stack(Block, c.blocks, e, inputs=0)(c, e)
+            self.blocks = stack(Block, c.blocks, e, inputs=0, own_inputs=1)(c, e)
         single = rematerialised(Layer, e)
         self.last = [single(c, e, kind) for kind in c.kinds[c.blocks * len(BLOCK) :]]
-        self.final_norm = LayerNorm(c.norm_epsilon, e)
-        self.output = weight(self, "output", INIT, vocab=c.vocab, embed=c.width)
+        self.final_norm = LayerNorm(c.norm_epsilon, ends)
+        self.output = table("output", vocab=c.vocab)
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Logits of each token after those before it, float32; the lowest there are for image codes
@@ -433,17 +452,27 @@ class DALLE(nn.Module):
         logits = all_logits(self.features(tokens), self.output)
         return jnp.where(possible, logits, jnp.finfo(jnp.float32).min)
 
-    def features(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    def features(
+        self, tokens: Int[Array, "B S"], scales: Float[Array, "layers 2"] | None = None
+    ) -> Float[Array, "B S D"]:
         """What the output matrix multiplies to predict each of `tokens` from those before it.
+
+        Args:
+            scales: of the gradients within each layer's attention and feed-forward branch; those
+                that come out must be divided by them, as `unscaled` does.
 
         Raises:
             ValueError: for tokens that are neither a whole stream nor its text.
         """
-        x = self.embed_stream(tokens)
-        if self.config.blocks:
-            x, _ = self.blocks(x)
-        for layer in self.last:
-            x, _ = layer(x)
+        c, x = self.config, self.embed_stream(tokens)
+        stacked, single = None, [None] * len(self.last)
+        if scales is not None:
+            stacked, single = jnp.split(scales, [c.blocks * len(BLOCK)])
+            stacked = stacked.reshape(c.blocks, len(BLOCK), 2)
+        if c.blocks:
+            x, _ = self.blocks(x, stacked)
+        for layer, own in zip(self.last, single, strict=True):
+            x, _ = layer(x, scales=own)
         return self.final_norm(x)
 
     def embed_stream(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -495,6 +524,44 @@ def layer_parameters(config: DALLEConfig, params) -> list:
     blocks = unstacked(params["blocks"], config.blocks) if config.blocks else []
     layers = [block[f"layers_{i}"] for block in blocks for i in range(len(BLOCK))]
     return layers + [params[f"last_{i}"] for i in range(config.layers - len(layers))]
+
+
+BRANCHES = (("attention_norm", "attention"), ("feed_forward_norm", "feed_forward"))
+"""The parameters of a layer's two residual branches."""
+
+
+def unscaled(
+    config: DALLEConfig, gradients, scales: Float[Array, "layers 2"]
+) -> tuple[Any, Bool[Array, "layers 2"]]:
+    """Gradients without the `scales` of their branches, and in which branches all are finite."""
+    stacked, single = jnp.split(scales, [config.blocks * len(BLOCK)])
+    stacked = stacked.reshape(config.blocks, len(BLOCK), 2)
+    result, finite = dict(gradients), []
+
+    def layer(tree, scales: Float[Array, "*blocks 2"]):
+        """Its gradients, and [*blocks, 2]; of a stacked layer, those of each block."""
+        blocks = scales.shape[:-1]
+        own, fine = dict(tree), []
+        for branch, names in enumerate(BRANCHES):
+            scale = scales[..., branch]
+            part = {name: tree[name] for name in names}
+            own |= jax.tree.map(
+                lambda x, scale=scale: x / scale.reshape(*blocks, *[1] * (x.ndim - len(blocks))),
+                part,
+            )
+            each = [jnp.isfinite(x).reshape(*blocks, -1).all(-1) for x in jax.tree.leaves(part)]
+            fine.append(jnp.stack(each).all(0))
+        return own, jnp.stack(fine, axis=-1)
+
+    if config.blocks:
+        names = [f"layers_{i}" for i in range(len(BLOCK))]
+        pairs = [layer(gradients["blocks"][n], stacked[:, i]) for i, n in enumerate(names)]
+        result["blocks"] = dict(zip(names, (own for own, _ in pairs), strict=True))
+        finite.append(jnp.stack([fine for _, fine in pairs], axis=1).reshape(-1, 2))
+    for i, scale in enumerate(single):
+        result[f"last_{i}"], fine = layer(gradients[f"last_{i}"], scale)
+        finite.append(fine[None])
+    return result, jnp.concatenate(finite)
 
 
 # --- decoding

@@ -24,7 +24,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 ATTENTION = ("whole", "blocked")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Execution:
     """How a model runs, as opposed to what it is; it may change when a run is resumed."""
 
     dtype: str = "float32"
-    """Type of activations and products: float32 or bfloat16. Parameters are always float32."""
+    """Type of activations and products: float32, bfloat16 or float16 (whose gradients vanish unless
+    a model scales them). Parameters are always float32."""
     remat: str = "none"
     """What each layer forgets and computes again backwards: none (fastest), matmuls (keep their
     outputs) or full (least memory)."""
@@ -102,6 +103,45 @@ def constrain(x: Array, *axes: str | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     spec = partition(axes, x.shape, nn.get_logical_axis_rules(), mesh.shape)
     return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x
+
+
+@jax.custom_vjp
+def into_branch(x: Float[Array, "B T D"], scale: Float[Array, ""] | None) -> Float[Array, "B T D"]:
+    """Where a residual branch begins whose gradients are `scale` times what they are: x itself, and
+    backwards out of the scale, with 0 for what is not finite, so that the branches before it do not
+    suffer. Without a scale nothing happens. Ramesh et al. 2021, section 2.4, figure 4."""
+    return x
+
+
+def _into_branch_backward(scale, gradient):
+    if scale is None:
+        return gradient, None
+    gradient = gradient / scale
+    return jnp.where(jnp.isfinite(gradient), gradient, 0), jnp.zeros_like(scale)
+
+
+into_branch.defvjp(lambda x, scale: (x, scale), _into_branch_backward)
+
+
+@jax.custom_vjp
+def out_of_branch(
+    x: Float[Array, "B T D"], scale: Float[Array, ""] | None
+) -> Float[Array, "B T D"]:
+    """Where that branch ends: x in float32, and backwards into the scale and x's type."""
+    return x if scale is None else x.astype(jnp.float32)
+
+
+def _out_of_branch_backward(residuals, gradient):
+    scale, empty = residuals
+    if scale is None:
+        return gradient, None
+    return (gradient * scale).astype(empty.dtype), jnp.zeros_like(scale)
+
+
+out_of_branch.defvjp(
+    lambda x, scale: (out_of_branch(x, scale), (scale, jnp.zeros(0, x.dtype))),
+    _out_of_branch_backward,
+)
 
 
 def lookup(table: Float[Array, "V D"], tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:

@@ -9,8 +9,9 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lmjax.models.dalle import DALLE, caption_tokens
+from lmjax.models.dalle import BRANCHES, DALLE, caption_tokens, unscaled
 from lmjax.models.layers import unboxed
+from lmjax.tasks.gradient_scaling import GradientScaling
 from lmjax.tasks.losses import cross_entropy
 from lmjax.tasks.task import Batch, Initial, decay_labels
 
@@ -27,6 +28,8 @@ class TextToImage:
     model: DALLE
     text_weight: float = 1 / 8
     """Of the text in the loss; the image has the rest."""
+    scaling: GradientScaling | None = None
+    """For float16: see there. The gradients of the loss must then be unscaled."""
 
     def __post_init__(self):
         if not 0 <= self.text_weight <= 1:
@@ -35,7 +38,10 @@ class TextToImage:
     def init(self, rng):
         text = jnp.zeros((1, self.model.config.text_length), jnp.int32)
         params, axes = unboxed(self.model.init(rng, text)["params"])
-        return Initial(params, axes)
+        if self.scaling is None:
+            return Initial(params, axes)
+        extra = self.scaling.init(self.model.config.layers, len(BRANCHES))
+        return Initial(params, axes, extra, dict.fromkeys(extra, (None, None)))
 
     def normalizers(self, batch):
         c, rows = self.model.config, batch["loss_weights"].sum()
@@ -44,7 +50,8 @@ class TextToImage:
     def loss(self, params, extra, batch, normalizers, rngs, step):
         del step
         c, variables, tokens = self.model.config, {"params": params}, self.tokens(batch)
-        features = self.model.apply(variables, tokens, method="features", rngs=rngs)
+        scales = extra.get("gradient_scales")
+        features = self.model.apply(variables, tokens, scales, method="features", rngs=rngs)
         matrix = self.model.apply(variables, method="output_matrix")
         text_features, image_features = jnp.split(features, [c.text_length], axis=1)
         text, image = jnp.split(tokens, [c.text_length], axis=1)
@@ -71,6 +78,13 @@ class TextToImage:
         """`loss` here is that of training, without dropout."""
         loss, (metrics, _) = self.loss(params, extra, batch, normalizers, {}, 0)
         return {"loss": loss} | metrics, extra
+
+    def unscale(self, gradients, extra):
+        """See `tasks.gradient_scaling.ScalesGradients`."""
+        if self.scaling is None:
+            return gradients, {}
+        gradients, finite = unscaled(self.model.config, gradients, extra["gradient_scales"])
+        return gradients, self.scaling.after(extra, finite)
 
     def labels(self, params):
         return decay_labels(params)

@@ -13,9 +13,10 @@ from lmjax.models.layers import Execution
 class ExecutionOptions:
     """How the model runs. It may change when a run is resumed."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations and products; auto: float32 on a CPU, bfloat16 elsewhere. Parameters,
-    optimizer, softmax, norms and loss are float32 always."""
+    optimizer, softmax, norms and loss are float32 always. float16 is for DALL-E with
+    --gradient-scaling."""
     remat: Literal["none", "matmuls", "full"] = "matmuls"
     """What each layer forgets and computes again backwards: nothing (none), all but the outputs of
     matrix products and of attention (matmuls: much less memory, about as fast), or everything

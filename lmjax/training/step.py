@@ -15,6 +15,7 @@ from lmjax.sharding.hardware import device_memory
 from lmjax.sharding.mesh import Layout, check_batch_size, lay_out
 from lmjax.sharding.partition import Axes
 from lmjax.sharding.strategies import PMAP, STRATEGIES, MeshOptions, Need, StrategyName, choose
+from lmjax.tasks.gradient_scaling import ScalesGradients
 from lmjax.tasks.task import Batch, Params, Scalars, Task
 from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
 from lmjax.training.schedules import Schedule
@@ -51,7 +52,8 @@ def train_step(
 ) -> tuple[TrainState, Outcome]:
     """One step of training; under pmap, of the rows that this replica has, `replicas` its axis.
 
-    If the loss or a gradient is not finite, the state stays as it was but for the step counter.
+    If the loss or a gradient is not finite, the state stays as it was but for the step counter and
+    the scales of gradients, where a task has such.
     The optimizer does not count such a step, so its learning rate, which is the one in the metrics,
     then lags behind the step counter.
     """
@@ -66,6 +68,9 @@ def train_step(
     )
     if replicas is not None:
         extra = all_rows(extra, extra_axes, replicas)
+    scales = {}
+    if isinstance(task, ScalesGradients):
+        gradients, scales = task.unscale(gradients, state.extra)
     squares = jnp.stack(
         [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)]
     )
@@ -83,10 +88,10 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         ema = None if averaging is None else averaging.update(state.ema, params, step)
-        return TrainState(step, params, extra, opt_state, ema, state.rng)
+        return TrainState(step, params, extra | scales, opt_state, ema, state.rng)
 
     def pass_over(state: TrainState) -> TrainState:
-        return state._replace(step=state.step + 1)
+        return state._replace(step=state.step + 1, extra=state.extra | scales)
 
     # A choice array by array, between new and old, would keep both in memory.
     state = jax.lax.cond(finite, update, pass_over, state)
