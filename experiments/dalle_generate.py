@@ -22,7 +22,7 @@ from rich.console import Console
 
 import lmjax
 from experiments import dalle_train
-from experiments.dalle_train import Easel
+from experiments.dalle_train import SAMPLING, Easel
 from lmjax import command_line
 from lmjax.data.captions import CaptionEncoder
 from lmjax.decoding.sampling import Sampling
@@ -47,11 +47,11 @@ class DALLEGenerate:
     """Show the pictures that fit their caption best, in the opinion of a CLIP."""
     clip: str = "runs/clip-emoji"
     """The workdir of that CLIP, or a Hugging Face directory or repository."""
-    temperature: float = 0.9
+    temperature: float = SAMPLING.temperature
     """1: draw from the model's distribution. Less is tamer, 0 takes the likeliest codes."""
     top_k: int | None = None
     """Draw among so many likeliest codes only."""
-    top_p: float = 0.95
+    top_p: float = SAMPLING.top_p
     """Draw among the fewest codes that together have this probability."""
     complete: Path | None = None
     """A picture whose upper part is given."""

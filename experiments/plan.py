@@ -147,7 +147,13 @@ def planned(settings, topology):
         devices=topology.devices,
     )
     return plan_step(
-        prepare(task, optimizer, layout, microbatches=settings.fit.microbatches),
+        prepare(
+            task,
+            optimizer,
+            layout,
+            microbatches=settings.fit.microbatches,
+            compression=settings.compression,
+        ),
         batch,
         layout,
         topology,

@@ -25,6 +25,7 @@ from lmjax.sharding import multihost
 from lmjax.sharding.multihost import Distributed
 from lmjax.sharding.strategies import MeshOptions, StrategyName
 from lmjax.tasks.task import Task, Workload
+from lmjax.training.compression import PowerSGD
 from lmjax.training.execution import ExecutionOptions
 from lmjax.training.fit import FitOptions, Fitted, fit
 from lmjax.training.optimizers import Adafactor, AdamW
@@ -61,6 +62,9 @@ class Run(abc.ABC):
     """Decay of a moving average of the parameters, which is then what is evaluated and used."""
     average_every: int = 1
     """Steps from one update of that average to the next."""
+    compress: int | None = None
+    """Sum gradients over the mesh's `data` axis (see --mesh) as matrices of this rank, by PowerSGD:
+    for slow networks between hosts."""
     seed: int = 0
     """Of the parameters, the order of the data, its noise and dropout."""
     init: str | None = None
@@ -99,7 +103,7 @@ class Run(abc.ABC):
                 "--execution.dtype float16 lets small gradients vanish: choose bfloat16, or train"
                 " DALL-E with --gradient-scaling"
             )
-        self.averaging  # noqa: B018 (checks it)
+        self.averaging, self.compression  # noqa: B018 (checks them)
 
     @abc.abstractmethod
     def task(self, devices: Sequence[jax.Device] | None = None) -> Task:
@@ -120,6 +124,10 @@ class Run(abc.ABC):
     @property
     def averaging(self) -> Averaging | None:
         return None if self.average is None else Averaging(self.average, self.average_every)
+
+    @property
+    def compression(self) -> PowerSGD | None:
+        return None if self.compress is None else PowerSGD(self.compress)
 
     def workload(self, devices: Sequence[jax.Device]) -> Workload:
         """What `experiments.plan` compiles for `devices`."""
@@ -254,6 +262,7 @@ def pretrain(
         layout=layout,
         evaluation=data.evaluation,
         averaging=settings.averaging,
+        compression=settings.compression,
         init=None if start is None else start.load_params,
         files={} if data.tokenizer is None else {TOKENIZER: data.tokenizer.model},
     )

@@ -22,7 +22,7 @@ are given, for float16; in bfloat16 they need not be.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -181,7 +181,7 @@ PRESETS = {
         grid=8,
         layers=6,
         width=128,
-        heads=8,
+        heads=4,
         feed_forward=512,
         conv_extent=3,
     ),
@@ -530,38 +530,39 @@ BRANCHES = (("attention_norm", "attention"), ("feed_forward_norm", "feed_forward
 """The parameters of a layer's two residual branches."""
 
 
-def unscaled(
-    config: DALLEConfig, gradients, scales: Float[Array, "layers 2"]
-) -> tuple[Any, Bool[Array, "layers 2"]]:
-    """Gradients without the `scales` of their branches, and in which branches all are finite."""
-    stacked, single = jnp.split(scales, [config.blocks * len(BLOCK)])
-    stacked = stacked.reshape(config.blocks, len(BLOCK), 2)
-    result, finite = dict(gradients), []
+def unscaled(config: DALLEConfig, gradients, scales: Float[Array, "layers 2"]):
+    """Gradients without the `scales` of their branches."""
 
-    def layer(tree, scales: Float[Array, "*blocks 2"]):
-        """Its gradients, and [*blocks, 2]; of a stacked layer, those of each block."""
-        blocks = scales.shape[:-1]
-        own, fine = dict(tree), []
+    def layer(gradients, scales: Float[Array, "*blocks 2"]):
+        """Of a stacked layer, those of each block."""
+        found = dict(gradients)
         for branch, names in enumerate(BRANCHES):
             scale = scales[..., branch]
-            part = {name: tree[name] for name in names}
-            own |= jax.tree.map(
-                lambda x, scale=scale: x / scale.reshape(*blocks, *[1] * (x.ndim - len(blocks))),
-                part,
-            )
-            each = [jnp.isfinite(x).reshape(*blocks, -1).all(-1) for x in jax.tree.leaves(part)]
-            fine.append(jnp.stack(each).all(0))
-        return own, jnp.stack(fine, axis=-1)
+            for name in names:
+                found[name] = jax.tree.map(
+                    lambda x, s=scale: x / s.reshape(*s.shape, *[1] * (x.ndim - s.ndim)),
+                    gradients[name],
+                )
+        return found
 
+    stacked, single = jnp.split(scales, [config.blocks * len(BLOCK)])
+    stacked = stacked.reshape(config.blocks, len(BLOCK), 2)
+    found = dict(gradients)
     if config.blocks:
-        names = [f"layers_{i}" for i in range(len(BLOCK))]
-        pairs = [layer(gradients["blocks"][n], stacked[:, i]) for i, n in enumerate(names)]
-        result["blocks"] = dict(zip(names, (own for own, _ in pairs), strict=True))
-        finite.append(jnp.stack([fine for _, fine in pairs], axis=1).reshape(-1, 2))
-    for i, scale in enumerate(single):
-        result[f"last_{i}"], fine = layer(gradients[f"last_{i}"], scale)
-        finite.append(fine[None])
-    return result, jnp.concatenate(finite)
+        layers = {f"layers_{i}": stacked[:, i] for i in range(len(BLOCK))}
+        found["blocks"] = {n: layer(gradients["blocks"][n], own) for n, own in layers.items()}
+    layers = {f"last_{i}": own for i, own in enumerate(single)}
+    return found | {name: layer(gradients[name], own) for name, own in layers.items()}
+
+
+def finite_branches(config: DALLEConfig, gradients) -> Bool[Array, "layers 2"]:
+    """In which branches all gradients are finite."""
+
+    def finite(tree):
+        return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+    layers = layer_parameters(config, gradients)
+    return jnp.array([[finite([own[n] for n in names]) for names in BRANCHES] for own in layers])
 
 
 # --- decoding

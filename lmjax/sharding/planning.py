@@ -25,6 +25,7 @@ from lmjax.training.step import Prepared, lower_step
 
 MATRIX_EFFICIENCY = 0.9
 SECONDS_PER_DAY = 86_400
+TOKENS = ("inputs", "targets", "captions", "image_tokens")  # arrays of a batch that are read
 SLICES = "slices"  # in place of a mesh axis: the network between slices
 
 
@@ -116,7 +117,7 @@ def plan_step(
         strategy=layout.strategy.name,
         mesh=dict(layout.mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(target.params)),
-        tokens=sum(x.size for name, x in batch.items() if name in ("inputs", "targets")),
+        tokens=sum(x.size for name, x in batch.items() if name in TOKENS),
         schedule_steps=steps,
         model_flops_per_step=model_flops,
         hardware_flops_per_step=hardware_flops,

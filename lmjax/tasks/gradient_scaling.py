@@ -58,9 +58,11 @@ class GradientScaling:
 class ScalesGradients(Protocol):
     """A task whose loss gives gradients that are scaled by what is in `extra`."""
 
-    def unscale(
-        self, gradients: Params, extra: dict[str, Array]
-    ) -> tuple[Params, dict[str, Array]]:
-        """The gradients themselves, and the part of `extra` that changes, also where the step is
+    def unscale(self, gradients: Params, extra: dict[str, Array]) -> Params:
+        """The gradients themselves, of some of the rows."""
+        ...
+
+    def rescale(self, gradients: Params, extra: dict[str, Array]) -> dict[str, Array]:
+        """The scales in `extra` after a step with these gradients of all rows; also where it is
         passed over because they are not finite."""
         ...

@@ -6,10 +6,11 @@ A batch has `captions` [B, T] in the tokenizer's ids, `captions_lengths` [B], `i
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from lmjax.models.dalle import BRANCHES, DALLE, caption_tokens, unscaled
+from lmjax.models.dalle import BRANCHES, DALLE, caption_tokens, finite_branches, unscaled
 from lmjax.models.layers import unboxed
 from lmjax.tasks.gradient_scaling import GradientScaling
 from lmjax.tasks.losses import cross_entropy
@@ -28,10 +29,16 @@ class TextToImage:
     model: DALLE
     text_weight: float = 1 / 8
     """Of the text in the loss; the image has the rest."""
+    corruption: float = 0.0
+    """Share of the image's codes in whose place training lets the model read random ones. Not in
+    the paper: a small set of pictures is soon known by heart, and then the codes before one say
+    what comes next; so that the caption is read too, they must not be trusted."""
     scaling: GradientScaling | None = None
     """For float16: see there. The gradients of the loss must then be unscaled."""
 
     def __post_init__(self):
+        if not 0 <= self.corruption < 1:
+            raise ValueError(f"corruption is {self.corruption}, not a share from 0 to below 1")
         if not 0 <= self.text_weight <= 1:
             raise ValueError(f"text_weight is {self.text_weight}, not a share from 0 to 1")
 
@@ -50,8 +57,9 @@ class TextToImage:
     def loss(self, params, extra, batch, normalizers, rngs, step):
         del step
         c, variables, tokens = self.model.config, {"params": params}, self.tokens(batch)
+        read = self.corrupted(tokens, rngs["dropout"]) if self.corruption and rngs else tokens
         scales = extra.get("gradient_scales")
-        features = self.model.apply(variables, tokens, scales, method="features", rngs=rngs)
+        features = self.model.apply(variables, read, scales, method="features", rngs=rngs)
         matrix = self.model.apply(variables, method="output_matrix")
         text_features, image_features = jnp.split(features, [c.text_length], axis=1)
         text, image = jnp.split(tokens, [c.text_length], axis=1)
@@ -74,6 +82,13 @@ class TextToImage:
         text = caption_tokens(self.model.config, batch["captions"], batch["captions_lengths"])
         return jnp.concatenate([text, batch["image_tokens"]], axis=1)
 
+    def corrupted(self, tokens: Int[Array, "B S"], key: PRNGKeyArray) -> Int[Array, "B S"]:
+        c, (place_key, code_key) = self.model.config, jax.random.split(key)
+        replaced = jax.random.bernoulli(place_key, self.corruption, tokens.shape)
+        replaced &= jnp.arange(c.length) >= c.text_length
+        codes = jax.random.randint(code_key, tokens.shape, 0, c.image_vocab)
+        return jnp.where(replaced, codes, tokens)
+
     def evaluate(self, params, extra, batch, normalizers):
         """`loss` here is that of training, without dropout."""
         loss, (metrics, _) = self.loss(params, extra, batch, normalizers, {}, 0)
@@ -82,9 +97,14 @@ class TextToImage:
     def unscale(self, gradients, extra):
         """See `tasks.gradient_scaling.ScalesGradients`."""
         if self.scaling is None:
-            return gradients, {}
-        gradients, finite = unscaled(self.model.config, gradients, extra["gradient_scales"])
-        return gradients, self.scaling.after(extra, finite)
+            return gradients
+        return unscaled(self.model.config, gradients, extra["gradient_scales"])
+
+    def rescale(self, gradients, extra):
+        """The same."""
+        if self.scaling is None:
+            return {}
+        return self.scaling.after(extra, finite_branches(self.model.config, gradients))
 
     def labels(self, params):
         return decay_labels(params)

@@ -37,6 +37,7 @@ from lmjax.training.checkpoints import (
     leaf_name,
     lock_workdir,
 )
+from lmjax.training.compression import PowerSGD
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import (
     Reporter,
@@ -108,6 +109,7 @@ def fit(
     runtime: FitOptions = FitOptions(),  # noqa: B008 (it is frozen)
     evaluation: Sequence[Mapping[str, np.ndarray]] = (),
     averaging: Averaging | None = None,
+    compression: PowerSGD | None = None,
     init: Callable[[], Params] | None = None,
     layout: Layout | None = None,
     files: Mapping[str, bytes] = MappingProxyType({}),
@@ -121,9 +123,11 @@ def fit(
         seed: of the parameters and of dropout (the data has its own).
         experiment: the experiment's name, for config.json.
         identity: what must be the same when the run is resumed; dataclasses and JSON. It is kept
-            in config.json, together with `averaging`.
+            in config.json, together with `averaging` and `compression`.
         evaluation: held-out batches, each this host's rows; metrics are exact over all of them.
         averaging: keep a moving average of the parameters, and evaluate that.
+        compression: of the gradients that are summed over the mesh's `data` axis, whose size then
+            has to stay.
         init: gives the parameters to start from; called only where there is no checkpoint.
         layout: how the model and its batch are divided over the devices, by default as
             `step.arrange` would have it. It may change when the run is resumed.
@@ -146,7 +150,7 @@ def fit(
         check_batch_size(rows, layout.batch_parts)
     how = {"strategy": layout.strategy.name, "mesh": dict(layout.mesh.shape)}
     settings = {"steps": steps, **how, "fit": runtime}
-    identity = {**identity, "averaging": averaging}
+    identity = {**identity, "averaging": averaging, "compression": compression}
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors_said_plainly(data.batch_size, runtime.microbatches))
@@ -165,6 +169,7 @@ def fit(
             seed=seed,
             microbatches=runtime.microbatches,
             averaging=averaging,
+            compression=compression,
         )
         target = prepared.target
         latest = checkpoints.latest_step

@@ -241,7 +241,10 @@ class Events:
 
 
 def count_tokens(rows: Mapping[str, np.ndarray]) -> int:
-    """Tokens in a batch that are not padding, by its segment ids; 0 where there are none."""
+    """Tokens in a batch that are not padding, by its segment ids or, of DALL-E's streams, by the
+    captions' lengths; 0 where there are none."""
+    if "image_tokens" in rows:
+        return int(rows["captions_lengths"].sum()) + rows["image_tokens"].size
     return sum(np.count_nonzero(v) for k, v in rows.items() if k.endswith("_segment_ids"))
 
 

@@ -1,6 +1,7 @@
 """Everything a run carries from step to step."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from lmjax.tasks.task import Initial, Params, Task
+from lmjax.training.compression import Compression
 from lmjax.training.optimizers import Optimizer
 
 
@@ -41,6 +43,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     ema: Params | None
     rng: PRNGKeyArray
+    compression: Compression | None = None
 
     @property
     def evaluated(self) -> Params:
@@ -68,20 +71,33 @@ def abstract_parameters(task: Task) -> tuple[Params, Any]:
 
 
 def init_state(
-    task: Task, optimizer: Optimizer, averaged: bool, seed: int, params: Params | None = None
+    task: Task,
+    optimizer: Optimizer,
+    averaged: bool,
+    seed: int,
+    params: Params | None = None,
+    compress: Callable[[Params], Compression] | None = None,
 ) -> TrainState:
     """The state at step 0, with parameters drawn from `seed` unless `params` are given."""
     init_key, rng = jax.random.split(jax.random.key(seed))
     initial = task.init(init_key)
     params = initial.params if params is None else params
     ema = jax.tree.map(jnp.copy, params) if averaged else None
-    return TrainState(jnp.int32(0), params, initial.extra, optimizer.init(params), ema, rng)
+    compression = None if compress is None else compress(params)
+    return TrainState(
+        jnp.int32(0), params, initial.extra, optimizer.init(params), ema, rng, compression
+    )
 
 
 def state_axes(
-    state: TrainState, entries: Any, extra_entries: Any, optimizer: Optimizer
+    state: TrainState,
+    entries: Any,
+    extra_entries: Any,
+    optimizer: Optimizer,
+    compression: Compression | None = None,
 ) -> TrainState:
-    """From one entry per axis of each parameter and extra array, those of an abstract state."""
+    """From one entry per axis of each parameter, extra array and what compression carries, those of
+    an abstract state."""
     return TrainState(
         step=(),
         params=entries,
@@ -89,4 +105,5 @@ def state_axes(
         opt_state=optimizer.state_axes(state.params, entries),
         ema=None if state.ema is None else entries,
         rng=(),
+        compression=compression,
     )

@@ -5,9 +5,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lmjax.models.layers import constrain
@@ -17,6 +19,7 @@ from lmjax.sharding.partition import Axes
 from lmjax.sharding.strategies import PMAP, STRATEGIES, MeshOptions, Need, StrategyName, choose
 from lmjax.tasks.gradient_scaling import ScalesGradients
 from lmjax.tasks.task import Batch, Params, Scalars, Task
+from lmjax.training.compression import COMPRESSED_AXIS, PowerSGD
 from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
 from lmjax.training.schedules import Schedule
 from lmjax.training.state import (
@@ -49,8 +52,9 @@ def train_step(
     averaging: Averaging | None,
     extra_axes: dict[str, Axes],
     replicas: str | None = None,
+    compression: PowerSGD | None = None,
 ) -> tuple[TrainState, Outcome]:
-    """One step of training; under pmap, of the rows that this replica has, `replicas` its axis.
+    """One step of training; of the rows that this replica has where `replicas` names their axis.
 
     If the loss or a gradient is not finite, the state stays as it was but for the step counter and
     the scales of gradients, where a task has such.
@@ -63,14 +67,22 @@ def train_step(
         key = jax.random.fold_in(key, jax.lax.axis_index(replicas))
         total = functools.partial(jax.lax.psum, axis_name=replicas)
         extra = own_rows(extra, extra_axes, replicas)
+    normalizers = total(task.normalizers(batch))
     loss, metrics, extra, gradients = accumulate(
-        task, state._replace(extra=extra), batch, key, microbatches, extra_axes, total
+        task, state._replace(extra=extra), batch, key, microbatches, extra_axes, normalizers
     )
+    loss, metrics = total((loss, metrics))
     if replicas is not None:
         extra = all_rows(extra, extra_axes, replicas)
-    scales = {}
-    if isinstance(task, ScalesGradients):
-        gradients, scales = task.unscale(gradients, state.extra)
+    scaled = isinstance(task, ScalesGradients)
+    if scaled:
+        gradients = task.unscale(gradients, state.extra)
+    if compression is None:
+        gradients, carried = total(gradients), None
+    else:
+        count = jax.lax.axis_size(replicas)
+        gradients, carried = compression.total(gradients, state.compression, total, count)
+    scales = task.rescale(gradients, state.extra) if scaled else {}
     squares = jnp.stack(
         [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)]
     )
@@ -88,7 +100,7 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         ema = None if averaging is None else averaging.update(state.ema, params, step)
-        return TrainState(step, params, extra | scales, opt_state, ema, state.rng)
+        return TrainState(step, params, extra | scales, opt_state, ema, state.rng, carried)
 
     def pass_over(state: TrainState) -> TrainState:
         return state._replace(step=state.step + 1, extra=state.extra | scales)
@@ -109,15 +121,14 @@ def accumulate(
     key: PRNGKeyArray,
     microbatches: int,
     extra_axes: dict[str, Axes],
-    total: Callable[[Any], Any] = _same,
+    normalizers: Scalars,
 ) -> tuple[Float[Array, ""], Scalars, Any, Params]:
     """(loss, metrics, extra, gradients) of a batch, computed in `microbatches` pieces.
 
-    All are divided by the normalizers of the whole batch, so those of the pieces simply add up.
-    `extra` is passed on from piece to piece; of arrays with entries for the rows, each piece has
-    its own. `total` sums a tree over replicas that have other rows.
+    All are divided by the normalizers of the whole batch, so those of the pieces simply add up, as
+    do those of replicas with other rows. `extra` is passed on from piece to piece; of arrays with
+    entries for the rows, each piece has its own.
     """
-    normalizers = total(task.normalizers(batch))
 
     def loss(params, extra, piece, key):
         return task.loss(params, extra, piece, normalizers, {"dropout": key}, state.step)
@@ -125,7 +136,6 @@ def accumulate(
     gradient = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         (value, (metrics, extra)), gradients = gradient(state.params, state.extra, batch, key)
-        value, metrics, gradients = total((value, metrics, gradients))
         return value, metrics, extra, gradients
 
     def add(carry, inputs):
@@ -146,7 +156,6 @@ def accumulate(
     inputs = pieces, jax.random.split(key, microbatches), own
     (common, gradients), (*sums, own) = jax.lax.scan(add, (common, zeros), inputs)
     value, metrics = jax.tree.map(lambda x: x.sum(0), sums)
-    value, metrics, gradients = total((value, metrics, gradients))
     own = {name: joined(x, of_rows[name]) for name, x in own.items()}
     return value, metrics, common | own, gradients
 
@@ -167,14 +176,17 @@ def joined(pieces: Array, axes: Axes) -> Array:
 
 
 def own_rows(extra: dict[str, Array], axes: dict[str, Axes], replicas: str) -> dict[str, Array]:
-    """Under pmap: the entries of this replica's rows."""
+    """The entries of this replica's rows, and what is the whole batch's."""
 
     def own(x, at):
         count = x.shape[at] // jax.lax.axis_size(replicas)
         first = jax.lax.axis_index(replicas) * count
         return jax.lax.dynamic_slice_in_dim(x, first, count, at)
 
-    return {name: own(x, axes[name].index("batch")) for name, x in extra.items()}
+    return {
+        name: own(x, axes[name].index("batch")) if "batch" in axes[name] else x
+        for name, x in extra.items()
+    }
 
 
 def all_rows(extra: dict[str, Array], axes: dict[str, Axes], replicas: str) -> dict[str, Array]:
@@ -183,7 +195,10 @@ def all_rows(extra: dict[str, Array], axes: dict[str, Axes], replicas: str) -> d
     def gather(x, at):
         return jax.lax.all_gather(x, replicas, axis=at, tiled=True)
 
-    return {name: gather(x, axes[name].index("batch")) for name, x in extra.items()}
+    return {
+        name: gather(x, axes[name].index("batch")) if "batch" in axes[name] else x
+        for name, x in extra.items()
+    }
 
 
 # --- before the first step
@@ -245,17 +260,25 @@ def prepare(
     seed: int = 0,
     microbatches: int = 1,
     averaging: Averaging | None = None,
+    compression: PowerSGD | None = None,
 ) -> Prepared:
     """The step of this task and optimizer, and its state, as `layout` divides it.
 
     Raises:
-        ValueError: strategy pmap for what it cannot do, or a part of a batch at a time for a task
-            that needs all of it.
+        ValueError: strategy pmap or compression for what it cannot do, or a part of a batch at a
+            time for a task that needs all of it.
     """
-    check_whole_batch(task, layout, microbatches)
+    check_whole_batch(task, layout, microbatches, compression)
     params, axes, _, extra_axes = abstract_init(task)
     transformation = optimizer.transformation(axes, task.labels(params))
-    build = functools.partial(init_state, task, transformation, averaging is not None, seed)
+    compress = None
+    if compression is not None:
+        check_compression(task, layout, extra_axes)
+        count = layout.mesh.shape[COMPRESSED_AXIS]
+        compress = functools.partial(compression.init, axes=axes, replicas=count)
+    build = functools.partial(
+        init_state, task, transformation, averaging is not None, seed, compress=compress
+    )
     shapes = jax.eval_shape(build)
     if layout.strategy is PMAP:
         refuse_for_pmap(extra_axes)
@@ -264,7 +287,9 @@ def prepare(
         extra = {
             name: layout.activation(extra_axes[name], x.shape) for name, x in shapes.extra.items()
         }
-    entries = state_axes(shapes, layout.parameters(params, axes), extra, transformation)
+    own = layout.parameters(params, axes)
+    carried = None if compression is None else compression.entries(params, axes, own)
+    entries = state_axes(shapes, own, extra, transformation, carried)
     target = jax.tree.map(
         lambda x, parts: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(parts)),
         shapes,
@@ -280,7 +305,52 @@ def prepare(
         extra_axes=extra_axes,
         replicas=REPLICAS if layout.strategy is PMAP else None,
     )
+    if compression is not None:
+        step = by_replicas(
+            functools.partial(step, replicas=COMPRESSED_AXIS, compression=compression),
+            layout,
+            shapes,
+        )
     return Prepared(step, build, target)
+
+
+def by_replicas(step: Callable, layout: Layout, shapes: TrainState) -> Callable:
+    """A step that each replica along `COMPRESSED_AXIS` does with its own rows and its own errors;
+    the other axes of the mesh divide what a replica has as always."""
+    whole = jax.tree.map(lambda _: PartitionSpec(), shapes)
+    divided = jax.tree.map(lambda _: PartitionSpec(COMPRESSED_AXIS), shapes.compression.errors)
+    specs = whole._replace(compression=whole.compression._replace(errors=divided))
+    rules = tuple((axis, mesh_axis) for axis, mesh_axis in layout.rules if mesh_axis != "data")
+
+    def replica(state, batch):
+        with nn.logical_axis_rules(rules):
+            return step(state, batch)
+
+    return jax.shard_map(
+        replica,
+        mesh=layout.mesh,
+        in_specs=(specs, PartitionSpec(COMPRESSED_AXIS)),
+        out_specs=(specs, PartitionSpec()),
+        axis_names={COMPRESSED_AXIS},
+        check_vma=False,
+    )
+
+
+def check_compression(task: Task, layout: Layout, extra_axes: dict[str, Axes]) -> None:
+    """Raises ValueError where gradients cannot be compressed, or there is nothing to compress."""
+    if layout.strategy is PMAP:
+        raise ValueError("strategy pmap does not compress gradients: choose dp or fsdp")
+    if layout.mesh.shape[COMPRESSED_AXIS] == 1:
+        raise ValueError(
+            f"gradients are compressed between the replicas along mesh.{COMPRESSED_AXIS}, but the"
+            f" mesh {dict(layout.mesh.shape)} has only one: choose strategy dp, or a smaller"
+            " mesh.fsdp"
+        )
+    if extra_axes and not isinstance(task, ScalesGradients):
+        raise ValueError(
+            f"gradients of {type(task).__name__} are not compressed, because it carries arrays"
+            f" along from step to step: {', '.join(extra_axes)}"
+        )
 
 
 def refuse_for_pmap(extra_axes: dict[str, Axes]) -> None:
@@ -292,7 +362,9 @@ def refuse_for_pmap(extra_axes: dict[str, Axes]) -> None:
         )
 
 
-def check_whole_batch(task: Task, layout: Layout, microbatches: int) -> None:
+def check_whole_batch(
+    task: Task, layout: Layout, microbatches: int, compression: PowerSGD | None
+) -> None:
     """Raises ValueError if a task that compares a batch's rows would get only some of them."""
     if not getattr(task, "couples_rows", False):
         return
@@ -307,6 +379,11 @@ def check_whole_batch(task: Task, layout: Layout, microbatches: int) -> None:
         raise ValueError(
             f"the loss of {name} compares all rows of a batch with each other, but under strategy"
             " pmap each device sees only its own: choose dp, which divides the same things"
+        )
+    if compression is not None:
+        raise ValueError(
+            f"the loss of {name} compares all rows of a batch with each other, but compression sums"
+            " what each replica has made of its own: leave it out"
         )
 
 

@@ -1,6 +1,7 @@
 """DALL-E's stages one after the other, on emoji, small."""
 
 import json
+import re
 import time
 
 import numpy as np
@@ -106,3 +107,8 @@ def test_the_default_runs(run, tmp_path):
     print(*output, f"{time.monotonic() - began:.0f} s")
     lines = (tmp_path / "dvae" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["eval_psnr"] >= 20
+    told_apart = re.findall(
+        r"trained on, (en|ko): .*? in (\d+)% of cases", output[1].replace("\n", " ")
+    )
+    assert [language for language, _ in told_apart] == ["en", "ko"]
+    assert all(int(share) >= 50 for _, share in told_apart)

@@ -187,7 +187,8 @@ def test_micro_batches_add_up(params):
 
     def run(pieces):
         def taken(state, batch):
-            return accumulate(HARD, state, batch, jax.random.key(0), pieces, {})
+            normalizers = HARD.normalizers(batch)
+            return accumulate(HARD, state, batch, jax.random.key(0), pieces, {}, normalizers)
 
         return jax.jit(taken, compiler_options=QUICKLY)(state, batch)
 

@@ -79,6 +79,25 @@ def test_pieces_of_a_batch_add_up():
         np.testing.assert_allclose(sum(piece[name] for piece in pieces), whole, rtol=1e-5)
 
 
+def test_training_reads_some_codes_wrong_but_predicts_the_right_ones():
+    rows, task = batch(), dataclasses.replace(TASK, corruption=0.25)
+    tokens = np.tile(task.tokens(rows), (500, 1))
+    read = task.corrupted(tokens, jax.random.key(0))
+    changed = read != tokens
+    assert not changed[:, :6].any() and read[:, 6:].max() == 8 and read[:, 6:].min() == 0
+    # One in nine random codes is the one that it replaces.
+    assert changed[:, 6:].mean() == pytest.approx(0.25 * 8 / 9, abs=0.01)
+
+    def losses(task, rngs):
+        loss, (metrics, _) = task.loss(params_of(TASK), {}, rows, task.normalizers(rows), rngs, 0)
+        return [float(loss), float(metrics["text_nll"])]
+
+    key = {"dropout": jax.random.key(1)}
+    clean, wrong = losses(TASK, key), losses(task, key)
+    assert clean[0] != pytest.approx(wrong[0], rel=1e-3) and clean[1] == wrong[1]
+    assert losses(task, {}) == losses(TASK, {})
+
+
 def test_flops_are_those_of_the_products():
     rows = batch()
     normalizers = TASK.normalizers(rows)
@@ -103,3 +122,5 @@ def test_axes_and_labels():
 def test_a_weight_that_is_no_share_is_refused():
     with pytest.raises(ValueError, match="text_weight is 1.5"):
         dataclasses.replace(TASK, text_weight=1.5)
+    with pytest.raises(ValueError, match="corruption is 1, not a share"):
+        dataclasses.replace(TASK, corruption=1)

@@ -65,6 +65,8 @@ def test_padding_is_not_counted():
     }
     assert count_tokens(rows) == 6
     assert count_tokens({"image": np.ones((2, 4))}) == 0
+    stream = {"image_tokens": np.zeros((2, 9)), "captions_lengths": np.array([3, 1])}
+    assert count_tokens(stream | {"captions": np.ones((2, 5))}) == 22
 
 
 def test_parameters_by_module():

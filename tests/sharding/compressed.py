@@ -1,0 +1,108 @@
+"""Gradients summed by PowerSGD on eight fake devices; a process of its own, for they must be asked
+for before JAX starts."""
+
+import functools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+
+from lmjax.models.dalle import DALLE
+from lmjax.models.layers import Execution
+from lmjax.sharding.hlo import collectives, parse_hlo
+from lmjax.sharding.mesh import activate, put_batch
+from lmjax.sharding.strategies import MeshOptions
+from lmjax.tasks.gradient_scaling import GradientScaling
+from lmjax.tasks.text_to_image import TextToImage
+from lmjax.training.compression import COMPRESSED_AXIS, Compression, PowerSGD
+from lmjax.training.step import arrange, lower_step, prepare, shardings
+from tests.sharding.on_devices import DALLE_SIZES, MODELS, ROWS, STEPS
+
+RANK, REPLICAS = 2, 4
+SHAPES = {"matrix": (10, 12), "stack": (3, 8, 9), "vector": (5,), "table": (20, 8)}
+AXES = {
+    "matrix": ("embed", "mlp"),
+    "stack": ("layers", "embed", "heads"),
+    "vector": ("embed",),
+    "table": ("vocab", "embed"),
+}
+
+
+def gradients(step: int) -> dict[str, np.ndarray]:
+    """Each replica's; name -> [replicas, ...]."""
+    rng = np.random.default_rng(step)
+    return {name: rng.normal(size=(REPLICAS, *shape)) for name, shape in SHAPES.items()}
+
+
+def totals() -> dict:
+    """What some steps' gradients are summed to, and the last errors."""
+    sgd = PowerSGD(RANK)
+    carried = sgd.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()}, AXES, REPLICAS)
+    mesh = jax.make_mesh(
+        (REPLICAS,), (COMPRESSED_AXIS,), (AxisType.Auto,), devices=jax.devices()[:REPLICAS]
+    )
+    whole, divided = PartitionSpec(), PartitionSpec(COMPRESSED_AXIS)
+    specs = Compression(divided, whole)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(divided, specs),
+        out_specs=(whole, specs),
+        check_vma=False,
+    )
+    def total(own, carried):
+        own = {name: x[0] for name, x in own.items()}
+        psum = functools.partial(jax.lax.psum, axis_name=COMPRESSED_AXIS)
+        return sgd.total(own, carried, psum, REPLICAS)
+
+    bases, found = carried.bases, []
+    for step in range(3):
+        summed, carried = total(gradients(step), carried)
+        found.append(summed)
+    return as_lists({"bases": bases, "totals": found, "errors": carried.errors})
+
+
+def train(task, optimizer, rows, strategy, options, compression) -> dict:
+    layout = arrange(task, optimizer, ROWS, strategy=strategy, options=options)
+    with activate(layout):
+        prepared = prepare(task, optimizer, layout, seed=1, compression=compression)
+        state = jax.jit(prepared.build, out_shardings=shardings(prepared.target))(None)
+        batch = put_batch(rows, layout.batch)
+        step = lower_step(prepared, batch, layout).compile()
+        losses = []
+        for _ in range(STEPS):
+            state, outcome = step(state, batch)
+            losses.append(float(outcome.metrics["loss"]))
+    sent = {}
+    for one in collectives(parse_hlo(step.as_text()), layout.mesh):
+        axes = "+".join(one.axes)
+        sent[axes] = sent.get(axes, 0) + one.bytes * one.count
+    return {"losses": losses, "sent": sent, "extra": as_lists(state.extra)}
+
+
+def as_lists(tree):
+    return jax.tree.map(lambda x: np.asarray(x).tolist(), tree)
+
+
+def main() -> None:
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # read at the first use
+    jax.config.update("jax_platforms", "cpu")
+    model, optimizer, rows = MODELS["dalle"]
+    scaled = TextToImage(DALLE(DALLE_SIZES, Execution()), scaling=GradientScaling())
+    divided, sgd = MeshOptions(fsdp=2), PowerSGD(RANK)
+    results = {
+        "totals": totals(),
+        "as they are": train(model, optimizer, rows, "dp", MeshOptions(), None),
+        "dp": train(model, optimizer, rows, "dp", MeshOptions(), sgd),
+        "fsdp": train(scaled, optimizer, rows, "fsdp", divided, sgd),
+    }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
