@@ -7,7 +7,7 @@ Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Yang et al. 2019 (
 
     python -m experiments.compare
     python -m experiments.compare --data.files 'my/*.txt' --workdir runs/compare-mine
-    python -m experiments.compare --models xlnet xlnet_forgetful --workdir runs/memory
+    python -m experiments.compare --models xlnet --workdir runs/memory
 
 The first trains small models on the documentation installed on this machine, one after the other,
 27 minutes of one core's time in all (a quarter of an hour on two idle cores, it is estimated: the
@@ -88,15 +88,14 @@ from lmjax.tasks.task import Batch, Params
 from lmjax.training.checkpoints import write_atomically
 from lmjax.training.fit import FitOptions, Fitted, fit
 from lmjax.training.reporting import METRICS, read_metrics
-from lmjax.training.schedules import InverseSquareRoot
+from lmjax.training.schedules import InverseSquareRoot, Linear
 from lmjax.training.state import abstract_parameters
 
-Name = Literal["bert", "roberta", "xlnet", "xlnet_forgetful", "bart", "gpt2", "t5"]
+Name = Literal["bert", "roberta", "xlnet", "bart", "gpt2", "t5"]
 TITLES: dict[str, str] = {
     "bert": "BERT",
     "roberta": "RoBERTa",
     "xlnet": "XLNet",
-    "xlnet_forgetful": "XLNet without memory",
     "bart": "BART",
     "gpt2": "GPT-2",
     "t5": "T5",
@@ -131,12 +130,14 @@ class Compare:
     """Tokens of a passage."""
     evaluations: int = 8
     """How many times the questions are asked on the way."""
+    memory_steps: int = 400
+    """Steps that XLNet then goes on for, once with a memory and once without."""
     memory_batches: int = 40
-    """Held-out batches, in their order, that XLNet reads with its memory and without."""
+    """Held-out batches, in their order, that both read."""
 
     def __post_init__(self):
-        sizes = ("layers", "rows", "window", "steps", "questions", "evaluations", "memory_batches")
-        for name in sizes:
+        sizes = ("layers", "rows", "window", "steps", "questions", "evaluations")
+        for name in (*sizes, "memory_steps", "memory_batches"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is {getattr(self, name)}, not 1 or more")
@@ -199,7 +200,7 @@ def compare(settings: Compare, console: Console) -> None:
         batch=QUESTIONS_AT_A_TIME,
         seed=settings.seed,
     )
-    results, readers = {}, {}
+    results, memory = {}, None
     for name, run in contestants(settings, tokenizer, data).items():
         console.rule(TITLES[name])
         run, text = equally_fed(run, settings)
@@ -207,11 +208,15 @@ def compare(settings: Compare, console: Console) -> None:
         if fitted.interrupted:
             return
         results[name] = result_of(run, text)
-        if isinstance(run, XLNetPretrain):
-            readers[name] = run, fitted.state.evaluated
-    memory = None
-    if "xlnet" in readers:
-        memory = worth_of_memory(readers, text_of(readers["xlnet"][0]).evaluation, tokenizer)
+        if name == "xlnet":
+            readers = {}
+            for going, further in gone_on(run, settings).items():
+                console.rule(f"XLNet, {going}")
+                fitted_further = go_on(further, fitted.state.evaluated)
+                if fitted_further.interrupted:
+                    return
+                readers[going] = further, fitted_further.state.evaluated
+            memory = worth_of_memory(readers, text_of(further).evaluation, tokenizer)
     show(settings, results, memory, console)
 
 
@@ -239,14 +244,13 @@ def contestants(settings: Compare, tokenizer: Tokenizer, data: TokenizedText) ->
     learned = {"positions": length}
     ends = {"padding": tokenizer.pad_id, "start": tokenizer.eos_id}
     reuse = s.window * 2 // 3
-    memory = {"memory": s.window, "reuse": reuse}
+    forgetful = {"memory": 0, "reuse": reuse}
     permuted = PermutationLM(length=length, reuse=reuse, targets=length // 6)
     corrupted, _ = span_corruption_lengths(s.window)
     all_of_them = {
         "bert": (BERT, one | learned, MaskedPairs(length=length, copies=1)),
         "roberta": (ROBERTA, one | learned, MaskedLM(length=length)),
-        "xlnet": (XLNET, one | memory, permuted),
-        "xlnet_forgetful": (XLNET, one | memory | {"memory": 0}, permuted),
+        "xlnet": (XLNET, one | forgetful, permuted),
         "bart": (BART, two | learned | ends, BartDenoising(length=length)),
         "gpt2": (GPT2, one | learned, CausalLM(length=s.window - 1)),
         "t5": (T5, two | {"head_width": s.width // s.heads}, SpanCorruption(corrupted)),
@@ -394,7 +398,44 @@ def result_of(run: TextRun, text: Text) -> Result:
 
 # --- what a memory is worth
 
-WITH, WITHOUT, NEVER = "with its memory", "the same model, memory emptied", "trained without memory"
+WITH, WITHOUT = "gone on with a memory", "gone on without one"
+EMPTIED = "the first, its memory emptied"
+
+
+def gone_on(run: XLNetPretrain, settings: Compare) -> dict[str, XLNetPretrain]:
+    """The runs in which a trained XLNet goes on, from the same parameters over the same text, with
+    a memory of a whole row and without one."""
+    peak, steps = run.optimizer.schedule.peak / 2, settings.memory_steps
+    schedule = Linear(peak, horizon=steps, warmup=max(1, steps // 10))
+    runs = {}
+    for going, memory in ((WITH, settings.window), (WITHOUT, 0)):
+        runs[going] = dataclasses.replace(
+            run,
+            model=dataclasses.replace(run.model, memory=memory),
+            optimizer=dataclasses.replace(run.optimizer, schedule=schedule),
+            seed=settings.seed + 1,  # other rows
+            steps=steps,
+            workdir=settings.workdir / ("xlnet_with_memory" if memory else "xlnet_without_memory"),
+        )
+    return runs
+
+
+def go_on(run: XLNetPretrain, params: Params) -> Fitted:
+    """Trains from parameters that are there, or goes on with that."""
+    text = text_of(run)
+    return fit(
+        run.task(),
+        run.optimizer,
+        text.batches,
+        steps=run.steps,
+        workdir=run.workdir,
+        seed=run.seed,
+        experiment="compare",
+        identity=identity(run, text),
+        runtime=run.fit,
+        init=lambda: params,
+        files={TOKENIZER: text.tokenizer.model},
+    )
 
 
 def worth_of_memory(
@@ -406,10 +447,9 @@ def worth_of_memory(
 
     Only words of a row's reused part count: what follows it may come from elsewhere.
     """
-    run, params = readers["xlnet"]
+    run, params = readers[WITH]
     reuse = run.objective.reuse
-    own = word_nats(run, params)
-    others = word_nats(*readers["xlnet_forgetful"]) if "xlnet_forgetful" in readers else None
+    own, others = word_nats(run, params), word_nats(*readers[WITHOUT])
     found = collections.defaultdict(list)
     at, last = [], np.full(run.batch, tokenizer.eos_id)
     for batch, extra in memories(run, params, batches):
@@ -421,9 +461,8 @@ def worth_of_memory(
         at.append(place[chosen])
         memory = extra["memory"]
         found[WITH].append(own(batch, memory)[chosen])
-        found[WITHOUT].append(own(batch, 0 * memory)[chosen])
-        if others:
-            found[NEVER].append(others(batch, None)[chosen])
+        found[EMPTIED].append(own(batch, 0 * memory)[chosen])
+        found[WITHOUT].append(others(batch, None)[chosen])
         last = batch["inputs"][:, reuse - 1]
     nats = {name: np.concatenate(parts) for name, parts in found.items()}
     part = np.concatenate(at) * PARTS // reuse
@@ -514,7 +553,6 @@ COLORS = {
     "bert": "tab:blue",
     "roberta": "tab:cyan",
     "xlnet": "tab:red",
-    "xlnet_forgetful": "tab:red",
     "bart": "tab:green",
     "gpt2": "tab:purple",
     "t5": "tab:orange",
@@ -539,11 +577,9 @@ def picture(results: dict[str, Result], memory: Memory | None) -> bytes:
     best_first = sorted(results, key=lambda name: -results[name].curve[-1][1])
     for name in best_first:
         tokens, accuracy, _ = np.array(results[name].curve).T
-        dashed = "--" if name == "xlnet_forgetful" else "-"
         axes.plot(
             tokens / 1e6,
             accuracy,
-            dashed,
             marker="o",
             markersize=3.5,
             color=COLORS[name],
@@ -560,7 +596,7 @@ def picture(results: dict[str, Result], memory: Memory | None) -> bytes:
             xlabel="the hidden word's place in its row",
             ylabel="nats per hidden word",
         )
-        styles = {WITH: "-", WITHOUT: ":", NEVER: "--"}
+        styles = {WITH: "-", EMPTIED: ":", WITHOUT: "--"}
         for name, nats in memory.nats.items():
             label = f"{name}  {memory.mean[name]:.2f}"
             axes_2.plot(

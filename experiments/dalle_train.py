@@ -9,7 +9,9 @@ Paper: Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", sections 2.2 an
     python -m experiments.plan dalle_train --preset paper --topology v4:8x8x16
 
 The first trains `emoji` on 3,792 emoji with their names in English and Korean, as codes of the dVAE
-in --dvae, which are made once and kept: about twelve minutes on two CPU cores. Then it draws:
+in --dvae, which are made once and kept: about eleven minutes on two CPU cores. A fifth of the codes
+before one is read wrong (--corruption), without which it takes twice as many steps to draw what the
+caption says; the paper, with millions of pictures, has nothing of the kind. Then it draws:
 samples.png in the workdir has captions beside their pictures, and for 64 captions of each language,
 each drawn once, it says how often the drawing is nearer to its own original than to the 63 others.
 
@@ -68,20 +70,33 @@ class DALLETrain(PictureRun):
     text_weight: float = 1 / 8
     """Of the text in the loss; the image has the rest."""
     corruption: float = 0.0
-    """Share of codes that the model reads wrong in training, so that it learns to rely on the
-    caption; not in the paper."""
+    """Share of the image's codes that the model reads wrong in training; not in the paper."""
     gradient_scaling: int | None = None
-    """For --execution.dtype float16: scale the gradients of each residual branch, from 8,192 times
-    so many replicas on (the paper has 128). Scales are tried out, so --fit.nonfinite skip must be
-    set too."""
+    """N, for --execution.dtype float16: scale the gradients of each residual branch, from N x 8,192
+    on and within N x 128 and N x 16,777,216. N is the number of GPUs in the paper. Needs
+    --fit.nonfinite skip and --fit.max-skips 500: a scale is found by overflowing."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.gradient_scaling is not None and self.fit.nonfinite != "skip":
+        if self.gradient_scaling is None:
+            return
+        if self.gradient_scaling < 1:
+            raise ValueError(f"--gradient-scaling is {self.gradient_scaling}, not 1 or more")
+        if self.execution.dtype != "float16":
             raise ValueError(
-                "--gradient-scaling finds its scales by overflowing now and then: add"
-                " --fit.nonfinite skip, which leaves such steps out"
+                f"--gradient-scaling is for float16, and --execution.dtype is"
+                f" {self.execution.dtype}: add --execution.dtype float16, or leave it out"
             )
+        skips = 4 * GradientScaling.patience  # until a scale that is too high has shrunk to a half
+        if self.fit.nonfinite != "skip" or self.fit.max_skips < skips:
+            raise ValueError(
+                "--gradient-scaling finds its scales by overflowing: add --fit.nonfinite skip"
+                f" --fit.max-skips {skips}, so that such steps are left out"
+            )
+
+    @property
+    def keeps_small_gradients(self) -> bool:
+        return self.gradient_scaling is not None
 
     def task(self, devices: Sequence[jax.Device] | None = None) -> TextToImage:
         model = DALLE(self.model, self.execution.resolve(devices))

@@ -58,11 +58,15 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
         "--markdown", type=Path, metavar="FILE", help="with --sweep: write a table of the best"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports here too")
-    words = sys.argv[1:]
+    words = [part for word in sys.argv[1:] for part in _parted(word)]
     if "--experiment" in words[:-1]:
         at = words.index("--experiment")
         words = [words[at + 1], *words[:at], *words[at + 2 :]]
     return parser.parse_known_args(words)
+
+
+def _parted(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--experiment=") else [word]
 
 
 def main() -> None:
@@ -99,6 +103,8 @@ def plan(own: argparse.Namespace, rest: list[str]) -> None:
             with Progress(console=console, transient=True) as progress:
                 found = sweep(settings, topology, progress)
             jax.clear_caches()  # or programs of hundreds of plans pile up
+            if not found:
+                raise ValueError(f"no plan is possible on {name}: all were refused, as said above")
             rank(found, console)
             reports += [
                 {"preset": preset, "plan": words, **dataclasses.asdict(report)}

@@ -154,8 +154,8 @@ def load(path_or_repo: str | os.PathLike, *, dtype: str | None = None) -> Loaded
     Args:
       path_or_repo: a directory with config.json and safetensors, the name of such a repository on
         the Hub (downloaded once), or the workdir of a run (its last checkpoint).
-      dtype: of activations, "float32" or "bfloat16"; by default bfloat16 on accelerators and
-        float32 on a CPU. Parameters are float32 on the default device either way.
+      dtype: of activations, "float32", "bfloat16" or "float16"; by default bfloat16 on accelerators
+        and float32 on a CPU. Parameters are float32 on the default device either way.
 
     Raises:
       FileNotFoundError: no such directory or repository, or a file of it is missing.

@@ -31,7 +31,7 @@ from lmjax.training.fit import FitOptions, Fitted, fit
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.schedules import Constant, Cosine, InverseSquareRoot, Linear
 from lmjax.training.state import Averaging
-from lmjax.training.step import arrange
+from lmjax.training.step import arrange, check_compression
 
 
 class Data(Protocol):
@@ -63,8 +63,8 @@ class Run(abc.ABC):
     average_every: int = 1
     """Steps from one update of that average to the next."""
     compress: int | None = None
-    """Sum gradients over the mesh's `data` axis (see --mesh) as matrices of this rank, by PowerSGD:
-    for slow networks between hosts."""
+    """Sum gradients over the mesh's `data` axis as matrices of this rank, by PowerSGD: for slow
+    networks between hosts. The size of that axis must then stay when a run is resumed."""
     seed: int = 0
     """Of the parameters, the order of the data, its noise and dropout."""
     init: str | None = None
@@ -98,12 +98,17 @@ class Run(abc.ABC):
             raise ValueError(f"--seed is {self.seed}, not between 0 and 2**32 - 1")
         if self.workers < 0:
             raise ValueError(f"--workers is {self.workers}, not 0 or more")
-        if self.execution.dtype == "float16" and getattr(self, "gradient_scaling", None) is None:
+        if self.execution.dtype == "float16" and not self.keeps_small_gradients:
             raise ValueError(
                 "--execution.dtype float16 lets small gradients vanish: choose bfloat16, or train"
                 " DALL-E with --gradient-scaling"
             )
         self.averaging, self.compression  # noqa: B018 (checks them)
+
+    @property
+    def keeps_small_gradients(self) -> bool:
+        """Whether they survive float16."""
+        return False
 
     @abc.abstractmethod
     def task(self, devices: Sequence[jax.Device] | None = None) -> Task:
@@ -245,6 +250,7 @@ def pretrain(
         strategy=settings.strategy,
         options=settings.mesh,
     )
+    check_compression(task, layout, settings.compression)
     # Hosts may share a cache: the first one fills it.
     with multihost.first_process_first("data", timeout=24 * 3_600):
         data = settings.read(start, layout.share)

@@ -44,8 +44,8 @@ def test_a_hugging_face_directory_loads(tmp_path, params, tokenizer):
     check(tmp_path / "hf", params, tokenizer)
     model, found, _ = lmjax.load(str(tmp_path / "hf"), dtype="bfloat16")
     assert model.execution.dtype == "bfloat16" and found["embedding"].dtype == jnp.float32
-    with pytest.raises(ValueError, match="dtype is 'float16'"):
-        lmjax.load(tmp_path / "hf", dtype="float16")
+    with pytest.raises(ValueError, match="dtype is 'float64'"):
+        lmjax.load(tmp_path / "hf", dtype="float64")
 
 
 def test_a_directory_without_a_tokenizer_loads(tmp_path, params):

@@ -158,6 +158,9 @@ class DALLE(Turns):
     def cases(self) -> list[Case]:
         from lmjax.models.dalle import DALLEConfig
 
+        if self.samples < 1:
+            raise ValueError(f"--samples is {self.samples}, not 1 or more")
+
         config = DALLEConfig(
             text_vocab=512,
             text_length=self.text_length,

@@ -18,7 +18,8 @@ stream is position 0's padding, for which no parameters are needed, and as capti
 Position p reads token p - 1, has the place of token p and predicts token p; masks are of positions.
 Departures: none of the image is seen out of raster order, as it would be if the row's window were
 taken literally down columns. Gradients are scaled by residual branches (section 2.4) where `scales`
-are given, for float16; in bfloat16 they need not be.
+are given, for float16; in bfloat16 they need not be. Biases within branches have float16 gradients
+then, in the paper float32.
 """
 
 import dataclasses

@@ -54,7 +54,8 @@ class Report:
     parameter_bytes: float
     optimizer_bytes: float
     state_bytes: float
-    """Parameters, optimizer state and gradients: without them no rematerialisation helps."""
+    """Parameters, optimizer state, gradients and what their compression keeps: without them no
+    rematerialisation helps."""
     bytes_per_device: float
     """All that the step needs at once; at least so much, if it does not fit."""
     fits: bool
@@ -107,6 +108,7 @@ def plan_step(
     }
     target = prepared.target
     parameters, optimizer = bytes_per_device(target.params), bytes_per_device(target.opt_state)
+    state = 2 * parameters + optimizer + bytes_per_device(target.compression)
     with activate(layout):
         hardware_flops = product_flops(jax.make_jaxpr(prepared.step)(target, batch))
     memory = topology.hardware and topology.hardware.memory
@@ -124,8 +126,8 @@ def plan_step(
         memory=memory,
         parameter_bytes=parameters,
         optimizer_bytes=optimizer,
-        state_bytes=2 * parameters + optimizer,
-        bytes_per_device=2 * parameters + optimizer,
+        state_bytes=state,
+        bytes_per_device=state,
         fits=False,
         compile_seconds=0.0,
         notes=tuple(notes),

@@ -13,6 +13,9 @@ from jaxtyping import Array, Bool
 
 from lmjax.tasks.task import Params
 
+SCALES = "gradient_scales"
+"""The name of what a task carries, and what the names of all that belongs to it begin with."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GradientScaling:
@@ -20,8 +23,8 @@ class GradientScaling:
     branch's gradients is not finite, but not again for a while."""
 
     replicas: int = 1
-    """M: over so many the batch is divided, in the paper. The larger the batch, the smaller are the
-    gradients of a row."""
+    """M: over so many devices the batch is divided, in the paper. The larger the batch, the smaller
+    are the gradients of a row."""
     start: float = 2.0**13
     lowest: float = 2.0**7
     highest: float = 2.0**24
@@ -29,7 +32,7 @@ class GradientScaling:
     growth: float = 2 ** (1 / 1_000)
     shrinkage: float = 2**-0.5
     patience: int = 125
-    """Steps from one shrinkage of a scale to its next."""
+    """Steps between two shrinkages of a scale."""
 
     def __post_init__(self):
         if self.replicas < 1:

@@ -37,6 +37,11 @@ class TextToImage:
     """For float16: see there. The gradients of the loss must then be unscaled."""
 
     def __post_init__(self):
+        if self.scaling is not None and self.model.execution.dtype == "bfloat16":
+            raise ValueError(
+                "gradients are scaled for float16, and the model computes in bfloat16, whose range"
+                " is that of float32: leave the scaling out, or choose float16"
+            )
         if not 0 <= self.corruption < 1:
             raise ValueError(f"corruption is {self.corruption}, not a share from 0 to below 1")
         if not 0 <= self.text_weight <= 1:

@@ -431,14 +431,19 @@ def _restore(manager: ocp.CheckpointManager, target: TrainState, step: int) -> T
     _inspect(manager, target, step)
     args = {item: ocp.args.StandardRestore(tree) for item, tree in _items(target).items()}
     items = manager.restore(step, args=ocp.args.Composite(**args))
-    return TrainState(**{**items.training, "params": items.params, "ema": items.get("ema")})
+    parts = {"params": items.params} | {name: items.get(name) for name in _OPTIONAL}
+    return TrainState(**items.training, **parts)
+
+
+_OPTIONAL = ("ema", "compression")  # parts of a state that may be None
 
 
 def _items(state: TrainState) -> dict[str, Any]:
     """The parts of a state that are kept as items of their own."""
-    rest = state._replace(params=None, ema=None)._asdict()
-    items = {"params": state.params, "training": rest}
-    return items if state.ema is None else {**items, "ema": state.ema}
+    parts = state._asdict()
+    optional = {name: parts.pop(name) for name in _OPTIONAL}
+    items = {"params": parts.pop("params"), "training": parts}
+    return items | {name: tree for name, tree in optional.items() if tree is not None}
 
 
 def differences(given: Any, wanted: Any) -> str:

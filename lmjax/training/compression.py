@@ -22,6 +22,10 @@ COMPRESSED_AXIS = "data"
 are."""
 
 
+TABLES = {"vocab", "positions", "types", "relative_buckets"}
+"""Axes along which a parameter has a row for each of so many things: embeddings and the like."""
+
+
 class Compression(NamedTuple):
     """What compression carries from step to step, by the name of the parameter."""
 
@@ -33,7 +37,7 @@ class Compression(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PowerSGD:
-    """Compresses the gradients of all matrices that it makes smaller, but those of embeddings."""
+    """Compresses the gradients of all matrices that it makes smaller, but those of tables."""
 
     rank: int
     """Of the matrices that replace a gradient; the more, the closer."""
@@ -45,7 +49,7 @@ class PowerSGD:
     def compresses(self, axes: Axes, shape: tuple[int, ...]) -> bool:
         """Whether the gradient of a parameter is compressed; of a stack, layer by layer."""
         own = shape[1:] if axes[:1] == ("layers",) else shape
-        if len(own) != 2 or {"vocab", "positions"} & set(axes):
+        if len(own) != 2 or TABLES & set(axes):
             return False
         return self.rank * sum(own) < math.prod(own)
 
@@ -65,7 +69,8 @@ class PowerSGD:
         if not found:
             raise ValueError(
                 f"no gradient of this model gets smaller by matrices of rank {self.rank}: choose a"
-                " lower one, or no compression"
+                " lower one, or leave compression out (only matrices are compressed, no tables and"
+                " no convolutions)"
             )
         return found
 
@@ -98,25 +103,25 @@ class PowerSGD:
         self,
         gradients: Params,
         compression: Compression,
-        total: Callable[[Any], Any],
+        psum: Callable[[Any], Any],
         replicas: int,
     ) -> tuple[Params, Compression]:
         """About the sum of the replicas' gradients, and what is carried on.
 
         Args:
             compression: with this replica's errors alone.
-            total: sums a tree over the replicas.
+            psum: sums a tree over the replicas.
         """
         compressed = {}
 
         def summed(path, gradient):
             name = _name(path)
             if name not in compression.errors:
-                return total(gradient)
+                return psum(gradient)
             matrix = gradient + compression.errors[name][0]
-            left = total(matrix @ compression.bases[name])
+            left = psum(matrix @ compression.bases[name])
             left, _ = jnp.linalg.qr(left)
-            right = total(matrix.mT @ left)
+            right = psum(matrix.mT @ left)
             found = left @ right.mT
             compressed[name] = (matrix - found / replicas)[None], right
             return found

@@ -37,7 +37,7 @@ from lmjax.training.checkpoints import (
     leaf_name,
     lock_workdir,
 )
-from lmjax.training.compression import PowerSGD
+from lmjax.training.compression import COMPRESSED_AXIS, PowerSGD
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import (
     Reporter,
@@ -150,7 +150,10 @@ def fit(
         check_batch_size(rows, layout.batch_parts)
     how = {"strategy": layout.strategy.name, "mesh": dict(layout.mesh.shape)}
     settings = {"steps": steps, **how, "fit": runtime}
-    identity = {**identity, "averaging": averaging, "compression": compression}
+    identity = {**identity, "averaging": averaging, "compression": None}
+    if compression is not None:
+        replicas = layout.mesh.shape[COMPRESSED_AXIS]  # each of which keeps errors of its own
+        identity["compression"] = {"rank": compression.rank, "replicas": replicas}
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors_said_plainly(data.batch_size, runtime.microbatches))

@@ -311,6 +311,8 @@ def memory_summary(target: TrainState) -> str:
     }
     if target.ema is not None:
         parts["average"] = bytes_per_device(target.ema)
+    if target.compression is not None:
+        parts["compression"] = bytes_per_device(target.compression)
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     of = f" of {size(limit)}" if limit else ""

@@ -17,7 +17,7 @@ from lmjax.sharding.hardware import device_memory
 from lmjax.sharding.mesh import Layout, check_batch_size, lay_out
 from lmjax.sharding.partition import Axes
 from lmjax.sharding.strategies import PMAP, STRATEGIES, MeshOptions, Need, StrategyName, choose
-from lmjax.tasks.gradient_scaling import ScalesGradients
+from lmjax.tasks.gradient_scaling import SCALES, ScalesGradients
 from lmjax.tasks.task import Batch, Params, Scalars, Task
 from lmjax.training.compression import COMPRESSED_AXIS, PowerSGD
 from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
@@ -268,12 +268,12 @@ def prepare(
         ValueError: strategy pmap or compression for what it cannot do, or a part of a batch at a
             time for a task that needs all of it.
     """
-    check_whole_batch(task, layout, microbatches, compression)
+    check_whole_batch(task, layout, microbatches)
+    check_compression(task, layout, compression)
     params, axes, _, extra_axes = abstract_init(task)
     transformation = optimizer.transformation(axes, task.labels(params))
     compress = None
     if compression is not None:
-        check_compression(task, layout, extra_axes)
         count = layout.mesh.shape[COMPRESSED_AXIS]
         compress = functools.partial(compression.init, axes=axes, replicas=count)
     build = functools.partial(
@@ -320,7 +320,9 @@ def by_replicas(step: Callable, layout: Layout, shapes: TrainState) -> Callable:
     whole = jax.tree.map(lambda _: PartitionSpec(), shapes)
     divided = jax.tree.map(lambda _: PartitionSpec(COMPRESSED_AXIS), shapes.compression.errors)
     specs = whole._replace(compression=whole.compression._replace(errors=divided))
-    rules = tuple((axis, mesh_axis) for axis, mesh_axis in layout.rules if mesh_axis != "data")
+    rules = tuple(
+        (axis, mesh_axis) for axis, mesh_axis in layout.rules if mesh_axis != COMPRESSED_AXIS
+    )
 
     def replica(state, batch):
         with nn.logical_axis_rules(rules):
@@ -336,21 +338,32 @@ def by_replicas(step: Callable, layout: Layout, shapes: TrainState) -> Callable:
     )
 
 
-def check_compression(task: Task, layout: Layout, extra_axes: dict[str, Axes]) -> None:
+def check_compression(task: Task, layout: Layout, compression: PowerSGD | None) -> None:
     """Raises ValueError where gradients cannot be compressed, or there is nothing to compress."""
+    if compression is None:
+        return
+    name = type(task).__name__
+    if getattr(task, "couples_rows", False):
+        raise ValueError(
+            f"the loss of {name} compares all rows of a batch with each other, but compression sums"
+            " what each replica has made of its own: leave it out"
+        )
     if layout.strategy is PMAP:
         raise ValueError("strategy pmap does not compress gradients: choose dp or fsdp")
     if layout.mesh.shape[COMPRESSED_AXIS] == 1:
         raise ValueError(
             f"gradients are compressed between the replicas along mesh.{COMPRESSED_AXIS}, but the"
-            f" mesh {dict(layout.mesh.shape)} has only one: choose strategy dp, or a smaller"
-            " mesh.fsdp"
+            f" mesh {dict(layout.mesh.shape)} has only one: leave compression out, or choose a"
+            " smaller mesh.fsdp or mesh.model, or give it more devices"
         )
-    if extra_axes and not isinstance(task, ScalesGradients):
+    params, axes, _, extra_axes = abstract_init(task)
+    carried = [x for x in extra_axes if not x.startswith(SCALES)]  # scales are the same everywhere
+    if carried:
         raise ValueError(
-            f"gradients of {type(task).__name__} are not compressed, because it carries arrays"
-            f" along from step to step: {', '.join(extra_axes)}"
+            f"gradients of {name} are not compressed, because it carries arrays along from step to"
+            f" step: {', '.join(carried)}"
         )
+    compression.matrices(params, axes)
 
 
 def refuse_for_pmap(extra_axes: dict[str, Axes]) -> None:
@@ -362,9 +375,7 @@ def refuse_for_pmap(extra_axes: dict[str, Axes]) -> None:
         )
 
 
-def check_whole_batch(
-    task: Task, layout: Layout, microbatches: int, compression: PowerSGD | None
-) -> None:
+def check_whole_batch(task: Task, layout: Layout, microbatches: int) -> None:
     """Raises ValueError if a task that compares a batch's rows would get only some of them."""
     if not getattr(task, "couples_rows", False):
         return
@@ -379,11 +390,6 @@ def check_whole_batch(
         raise ValueError(
             f"the loss of {name} compares all rows of a batch with each other, but under strategy"
             " pmap each device sees only its own: choose dp, which divides the same things"
-        )
-    if compression is not None:
-        raise ValueError(
-            f"the loss of {name} compares all rows of a batch with each other, but compression sums"
-            " what each replica has made of its own: leave it out"
         )
 
 

@@ -18,6 +18,7 @@ from lmjax.sharding.strategies import MeshOptions
 from lmjax.tasks.gradient_scaling import GradientScaling
 from lmjax.tasks.text_to_image import TextToImage
 from lmjax.training.compression import COMPRESSED_AXIS, Compression, PowerSGD
+from lmjax.training.reporting import bytes_per_device
 from lmjax.training.step import arrange, lower_step, prepare, shardings
 from tests.sharding.on_devices import DALLE_SIZES, MODELS, ROWS, STEPS
 
@@ -67,10 +68,17 @@ def totals() -> dict:
     return as_lists({"bases": bases, "totals": found, "errors": carried.errors})
 
 
-def train(task, optimizer, rows, strategy, options, compression) -> dict:
+def train(task, optimizer, rows, strategy, options, compression, microbatches=1) -> dict:
     layout = arrange(task, optimizer, ROWS, strategy=strategy, options=options)
     with activate(layout):
-        prepared = prepare(task, optimizer, layout, seed=1, compression=compression)
+        prepared = prepare(
+            task,
+            optimizer,
+            layout,
+            seed=1,
+            microbatches=microbatches,
+            compression=compression,
+        )
         state = jax.jit(prepared.build, out_shardings=shardings(prepared.target))(None)
         batch = put_batch(rows, layout.batch)
         step = lower_step(prepared, batch, layout).compile()
@@ -82,7 +90,29 @@ def train(task, optimizer, rows, strategy, options, compression) -> dict:
     for one in collectives(parse_hlo(step.as_text()), layout.mesh):
         axes = "+".join(one.axes)
         sent[axes] = sent.get(axes, 0) + one.bytes * one.count
-    return {"losses": losses, "sent": sent, "extra": as_lists(state.extra)}
+    return {
+        "losses": losses,
+        "sent": sent,
+        "extra": as_lists(state.extra),
+        "error bytes": bytes_per_device(state.compression and state.compression.errors),
+    }
+
+
+def not_finite(task, optimizer, rows) -> dict:
+    """What compression carries before and after a step whose loss is not finite."""
+    layout = arrange(task, optimizer, ROWS, strategy="dp")
+    weights = rows["loss_weights"].copy()
+    weights[0] = np.inf
+    with activate(layout):
+        prepared = prepare(task, optimizer, layout, seed=1, compression=PowerSGD(RANK))
+        state = jax.jit(prepared.build, out_shardings=shardings(prepared.target))(None)
+        batch = put_batch(rows, layout.batch)
+        step = lower_step(prepared, batch, layout).compile()
+        state, _ = step(state, batch)
+        before = as_lists(state.compression.errors)
+        state, outcome = step(state, put_batch({**rows, "loss_weights": weights}, layout.batch))
+        assert not np.isfinite(outcome.metrics["loss"])
+        return {"before": before, "after": as_lists(state.compression.errors)}
 
 
 def as_lists(tree):
@@ -99,6 +129,8 @@ def main() -> None:
         "totals": totals(),
         "as they are": train(model, optimizer, rows, "dp", MeshOptions(), None),
         "dp": train(model, optimizer, rows, "dp", MeshOptions(), sgd),
+        "pieces": train(model, optimizer, rows, "dp", MeshOptions(), sgd, microbatches=2),
+        "not finite": not_finite(model, optimizer, rows),
         "fsdp": train(scaled, optimizer, rows, "fsdp", divided, sgd),
     }
     print(json.dumps(results))

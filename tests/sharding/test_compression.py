@@ -76,6 +76,7 @@ def test_training_with_compressed_sums(results):
     assert compressed["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-6)
     assert compressed["losses"][1] != pytest.approx(plain["losses"][1], rel=1e-3)
     assert compressed["losses"][-1] < compressed["losses"][0]
+    np.testing.assert_allclose(results["pieces"]["losses"], compressed["losses"], rtol=1e-5)
     # Eight replicas lose other parts of their gradients than four do.
     assert divided["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-6)
     np.testing.assert_allclose(divided["losses"], compressed["losses"], rtol=1e-3)
@@ -103,13 +104,32 @@ def test_what_cannot_be_compressed():
         PowerSGD(64).matrices({n: np.zeros(s) for n, s in SHAPES.items()}, AXES)
     task, optimizer, _ = MODELS["dalle"]
     layout = arrange(task, optimizer, 8, devices=jax.devices()[:1])
-    with activate(layout), pytest.raises(ValueError, match="mesh .* has only one: choose strategy"):
+    with (
+        activate(layout),
+        pytest.raises(ValueError, match="mesh .* has only one: leave .* out"),
+    ):
         prepare(task, optimizer, layout, compression=PowerSGD(2))
     alone = arrange(task, optimizer, 8, strategy="pmap", devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="pmap does not compress gradients: choose dp"):
         prepare(task, optimizer, alone, compression=PowerSGD(2))
     two = types.SimpleNamespace(strategy=DP, mesh=types.SimpleNamespace(shape={"data": 2}))
-    with pytest.raises(
-        ValueError, match="Regression are not compressed, .* from step to step: row"
-    ):
-        check_compression(Regression(), two, {"rows": ()})
+    with pytest.raises(ValueError, match="not compressed, .* from step to step: rows"):
+        check_compression(Regression(), two, PowerSGD(2))
+    coupled = types.SimpleNamespace(couples_rows=True)
+    with pytest.raises(ValueError, match="compares all rows of a batch with each other, but compr"):
+        check_compression(coupled, two, PowerSGD(2))
+
+
+def test_a_step_that_is_not_finite_loses_nothing(results):
+    before, after = (results["not finite"][name] for name in ("before", "after"))
+    assert before.keys() and before == after
+
+
+def test_errors_are_divided(results):
+    """Among the replicas, and as the parameters are."""
+    task, _, _ = MODELS["dalle"]
+    params, axes = abstract_parameters(task)
+    matrices = PowerSGD(RANK).matrices(params, axes)
+    whole = sum(4 * param.size for param, _ in matrices.values())
+    for name, ways in (("dp", 1), ("fsdp", 2)):
+        assert results[name]["error bytes"] == pytest.approx(whole / ways, rel=0.1)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.dalle_train import EMOJI
 from lmjax.models.dalle import BRANCHES, DALLE, DALLEConfig, finite_branches, unscaled
 from lmjax.models.layers import Execution
 from lmjax.tasks.gradient_scaling import GradientScaling
@@ -146,14 +147,29 @@ def test_no_replicas():
         GradientScaling(0)
 
 
-def test_scaling_is_an_option_of_training():
-    from experiments.dalle_train import EMOJI
+def test_bfloat16_needs_no_scales():
+    with pytest.raises(ValueError, match="computes in bfloat16, .*: leave the scaling out"):
+        task("bfloat16", GradientScaling())
 
-    with pytest.raises(ValueError, match="fit.nonfinite skip"):
-        dataclasses.replace(EMOJI, gradient_scaling=1)
-    half = dataclasses.replace(EMOJI.execution, dtype="float16")
-    with pytest.raises(ValueError, match="vanish: choose bfloat16"):
-        dataclasses.replace(EMOJI, execution=half)
-    fit = dataclasses.replace(EMOJI.fit, nonfinite="skip")
-    run = dataclasses.replace(EMOJI, execution=half, fit=fit, gradient_scaling=2)
+
+HALF = dataclasses.replace(EMOJI.execution, dtype="float16")
+SKIPPING = dataclasses.replace(EMOJI.fit, nonfinite="skip", max_skips=500)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"execution": HALF}, "vanish: choose bfloat16"),
+        ({"gradient_scaling": 0, "execution": HALF}, "--gradient-scaling is 0, not 1"),
+        ({"gradient_scaling": 1}, "and --execution.dtype is auto: add"),
+        ({"gradient_scaling": 1, "execution": HALF}, "--fit.nonfinite skip --fit.max-skips 500"),
+    ],
+)
+def test_options_that_do_not_go_together(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(EMOJI, **changes)
+
+
+def test_scaling_is_an_option_of_training():
+    run = dataclasses.replace(EMOJI, execution=HALF, fit=SKIPPING, gradient_scaling=2)
     assert abstract_init(run.task()).extra["gradient_scales"].shape == (EMOJI.model.layers, 2)

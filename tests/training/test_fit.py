@@ -95,7 +95,13 @@ def test_micro_batches_add_up_to_the_whole_batch(kind):
     axes = task.init(jax.random.key(0)).extra_axes
 
     def accumulated(microbatches):
-        run = functools.partial(accumulate, task, microbatches=microbatches, extra_axes=axes)
+        run = functools.partial(
+            accumulate,
+            task,
+            microbatches=microbatches,
+            extra_axes=axes,
+            normalizers=task.normalizers(batch),
+        )
         return jax.jit(run)(state, batch, jax.random.key(0))
 
     parts, whole = accumulated(4), accumulated(1)
