@@ -404,7 +404,8 @@ _MEMORY_ERRORS = (MemoryError, jax.errors.JaxRuntimeError)  # the device's fault
 def _manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
     logging.getLogger("absl").addFilter(_not_an_error_of_orbax)
     # Named up front, so that the shapes in a checkpoint can be read before its arrays.
-    arrays = {item: ocp.StandardCheckpointHandler() for item in ("params", "ema", "training")}
+    items = ("params", "training", *_OPTIONAL)
+    arrays = {item: ocp.StandardCheckpointHandler() for item in items}
     return ocp.CheckpointManager(
         directory,
         options=ocp.CheckpointManagerOptions(**options),

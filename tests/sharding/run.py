@@ -3,7 +3,8 @@
 python -m tests.sharding.run WORKDIR STEPS STRATEGY [MESH [DISTRIBUTED [FATE]]]
 
 MESH and DISTRIBUTED are JSON: {"model": 2} {"coordinator": "127.0.0.1:1", "processes": 2, ...}.
-FATE: "stop" sends this process SIGTERM before step 3; "other" trains another model size.
+FATE: "stop" sends this process SIGTERM before step 3; "other" trains another model size;
+"compressed" compresses gradients.
 """
 
 import json
@@ -16,6 +17,7 @@ from lmjax.data.batches import host_rows
 from lmjax.sharding import multihost
 from lmjax.sharding.multihost import Distributed
 from lmjax.sharding.strategies import MeshOptions
+from lmjax.training.compression import PowerSGD
 from lmjax.training.fit import FitOptions, fit
 from lmjax.training.step import arrange
 from tests.sharding.on_devices import MODELS, ROWS, text_to_text
@@ -57,6 +59,7 @@ def main(workdir, steps, strategy, mesh="{}", distributed="{}", fate="") -> None
         identity={"model": {"width": 256 if fate == "other" else 128}},
         runtime=FitOptions(log_every=1, eval_every=100, checkpoint_every=100),
         layout=layout,
+        compression=PowerSGD(4) if fate == "compressed" else None,
     )
 
 

@@ -21,13 +21,17 @@ def environment(devices):
     }
 
 
-def run(workdir, steps, devices, strategy, mesh="{}"):
-    command = [sys.executable, "-m", "tests.sharding.run", str(workdir), str(steps), strategy, mesh]
+def run(workdir, steps, devices, strategy, mesh="{}", fate="", fails=False):
+    settings = [str(workdir), str(steps), strategy, mesh, "{}", fate]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(devices), capture_output=True, text=True
+        [sys.executable, "-m", "tests.sharding.run", *settings],
+        cwd=ROOT,
+        env=environment(devices),
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stderr[-2000:]
+    return done.stderr if fails else done.stdout
 
 
 def losses(workdir):
@@ -52,3 +56,13 @@ def test_a_run_goes_on_with_other_devices_and_strategies(tmp_path, undisturbed):
     run(tmp_path, 8, 2, "pmap")
     np.testing.assert_allclose(losses(tmp_path), undisturbed, rtol=2e-5)
     assert len(set(undisturbed)) == 8  # it does learn from step to step
+
+
+def test_a_compressed_run_goes_on_with_as_many_replicas_alone(tmp_path):
+    settings = {"devices": 4, "strategy": "fsdp", "mesh": '{"fsdp": 2}', "fate": "compressed"}
+    run(tmp_path / "whole", 4, **settings)
+    run(tmp_path / "parts", 2, **settings)
+    run(tmp_path / "parts", 4, **settings)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    failed = run(tmp_path / "parts", 6, **{**settings, "devices": 8}, fails=True)
+    assert "compression.replicas 2 -> 4" in failed and "Traceback" not in failed
