@@ -11,10 +11,11 @@ import pytest
 from lmjax.sharding.mesh import activate
 from lmjax.sharding.strategies import DP
 from lmjax.training.compression import PowerSGD
+from lmjax.training.optimizers import AdamW
+from lmjax.training.schedules import Constant
 from lmjax.training.state import abstract_parameters
 from lmjax.training.step import arrange, check_compression, prepare
-from tests.sharding.compressed import AXES, RANK, REPLICAS, SHAPES, gradients
-from tests.sharding.on_devices import MODELS
+from tests.sharding.compressed import AXES, RANK, REPLICAS, SHAPES, TASK, gradients
 from tests.training.toy import Regression
 
 ROOT = Path(__file__).parents[2]
@@ -86,8 +87,7 @@ def test_training_with_compressed_sums(results):
 
 def test_less_is_sent(results):
     """By as much as the factors are smaller than the matrices."""
-    task, _, _ = MODELS["dalle"]
-    params, axes = abstract_parameters(task)
+    params, axes = abstract_parameters(TASK)
     matrices = PowerSGD(RANK).matrices(params, axes)
     whole = sum(param.size for param, _ in matrices.values())
     factors = sum(
@@ -102,7 +102,7 @@ def test_what_cannot_be_compressed():
         PowerSGD(0)
     with pytest.raises(ValueError, match="no gradient of this model gets smaller .* of rank 64"):
         PowerSGD(64).matrices({n: np.zeros(s) for n, s in SHAPES.items()}, AXES)
-    task, optimizer, _ = MODELS["dalle"]
+    task, optimizer = TASK, AdamW(Constant(1e-3))
     layout = arrange(task, optimizer, 8, devices=jax.devices()[:1])
     with (
         activate(layout),
@@ -127,8 +127,7 @@ def test_a_step_that_is_not_finite_loses_nothing(results):
 
 def test_errors_are_divided(results):
     """Among the replicas, and as the parameters are."""
-    task, _, _ = MODELS["dalle"]
-    params, axes = abstract_parameters(task)
+    params, axes = abstract_parameters(TASK)
     matrices = PowerSGD(RANK).matrices(params, axes)
     whole = sum(4 * param.size for param, _ in matrices.values())
     for name, ways in (("dp", 1), ("fsdp", 2)):
