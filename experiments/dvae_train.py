@@ -8,15 +8,15 @@ Paper: Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", sections 2.1 an
     python -m experiments.dvae_train --preset paper --data.tfds coco_captions --workdir /data/dvae
 
 The first trains `emoji` on 3,792 emoji of 64 x 64 pixels, which become 8 x 8 of 512 codes: about
-five minutes on two CPU cores. reconstructions.png in the workdir then shows held-out emoji beside
-what is left of them after going through their codes, and codes.png how often each code is used.
---model.nearest makes a VQ-VAE of the same network.
+six and a half minutes on two CPU cores. reconstructions.png in the workdir then shows held-out
+emoji beside what is left of them after going through their codes, and codes.png how often each code
+is used. --model.nearest makes a VQ-VAE of the same network.
 
 `paper` is the published model with the paper's recipe: 3,000,000 steps of 512 pictures of 256 x 256
 pixels; the weight of the KL divergence rises to 6.6 in 5,000 steps, the temperature falls to 1/16
 in 150,000 and the rate from 1e-4 to 1.25e-6 in 1,200,000, all along half a cosine; a moving average
 of the weights with decay 0.999. `emoji` departs from it, as `lmjax.tasks.dvae` and the model say:
-with five minutes instead of weeks, codes must be kept in use.
+with minutes instead of weeks, codes must be kept in use.
 """
 
 import dataclasses
