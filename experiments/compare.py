@@ -212,11 +212,12 @@ def compare(settings: Compare, console: Console) -> None:
             readers = {}
             for going, further in gone_on(run, settings).items():
                 console.rule(f"XLNet, {going}")
-                fitted_further = go_on(further, fitted.state.evaluated)
-                if fitted_further.interrupted:
+                text = text_of(further)
+                on = train(further, text, params=fitted.state.evaluated)
+                if on.interrupted:
                     return
-                readers[going] = further, fitted_further.state.evaluated
-            memory = worth_of_memory(readers, text_of(further).evaluation, tokenizer)
+                readers[going] = further, on.state.evaluated
+            memory = worth_of_memory(readers, text.evaluation, tokenizer)
     show(settings, results, memory, console)
 
 
@@ -349,19 +350,27 @@ def text_of(run: TextRun) -> Text:
 # --- training
 
 
-def train(run: TextRun, text: Text, questions: Sequence[Batch]) -> Fitted:
-    """Trains a model, or goes on with it, and asks it the questions on the way."""
+def train(
+    run: TextRun, text: Text, questions: Sequence[Batch] = (), params: Params | None = None
+) -> Fitted:
+    """Trains a model, from `params` if they are given, or goes on with it; asks it the questions on
+    the way."""
+    task, asked = run.task(), {}
+    if questions:
+        task = Cloze(task, READERS[run.model_type], SpecialTokens.of(text.tokenizer))
+        asked = {"questions": fingerprint(questions)}
     return fit(
-        Cloze(run.task(), READERS[run.model_type], SpecialTokens.of(text.tokenizer)),
+        task,
         run.optimizer,
         text.batches,
         steps=run.steps,
         workdir=run.workdir,
         seed=run.seed,
         experiment="compare",
-        identity=identity(run, text) | {"questions": fingerprint(questions)},
+        identity=identity(run, text) | asked,
         runtime=run.fit,
         evaluation=questions,
+        init=None if params is None else lambda: params,
         files={TOKENIZER: text.tokenizer.model},
     )
 
@@ -418,24 +427,6 @@ def gone_on(run: XLNetPretrain, settings: Compare) -> dict[str, XLNetPretrain]:
             workdir=settings.workdir / ("xlnet_with_memory" if memory else "xlnet_without_memory"),
         )
     return runs
-
-
-def go_on(run: XLNetPretrain, params: Params) -> Fitted:
-    """Trains from parameters that are there, or goes on with that."""
-    text = text_of(run)
-    return fit(
-        run.task(),
-        run.optimizer,
-        text.batches,
-        steps=run.steps,
-        workdir=run.workdir,
-        seed=run.seed,
-        experiment="compare",
-        identity=identity(run, text),
-        runtime=run.fit,
-        init=lambda: params,
-        files={TOKENIZER: text.tokenizer.model},
-    )
 
 
 def worth_of_memory(
