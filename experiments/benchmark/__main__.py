@@ -141,7 +141,7 @@ class Text(Turns):
 
 @dataclasses.dataclass(frozen=True)
 class DALLE(Turns):
-    """DALL-E's transformer, narrow, over the paper's stream of 256 + 1,024 tokens. About five
+    """DALL-E's transformer, narrow, over the paper's stream of 256 + 1,024 tokens. About twelve
     minutes on two CPU cores, most of them dalle-pytorch's."""
 
     batch: int = 2
