@@ -26,7 +26,6 @@ import importlib
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 TENSOR_WAYS = (2, 4, 8, 16)
@@ -58,15 +57,10 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
         "--markdown", type=Path, metavar="FILE", help="with --sweep: write a table of the best"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports here too")
-    words = [part for word in sys.argv[1:] for part in _parted(word)]
-    if "--experiment" in words[:-1]:
-        at = words.index("--experiment")
-        words = [words[at + 1], *words[:at], *words[at + 2 :]]
-    return parser.parse_known_args(words)
-
-
-def _parted(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--experiment=") else [word]
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--experiment")
+    found, words = named.parse_known_args()
+    return parser.parse_known_args([found.experiment, *words] if found.experiment else words)
 
 
 def main() -> None:

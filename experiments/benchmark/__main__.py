@@ -160,7 +160,6 @@ class DALLE(Turns):
 
         if self.samples < 1:
             raise ValueError(f"--samples is {self.samples}, not 1 or more")
-
         config = DALLEConfig(
             text_vocab=512,
             text_length=self.text_length,
@@ -176,14 +175,14 @@ class DALLE(Turns):
             Case(
                 "dalle",
                 described(config),
-                self.batch,
-                config.text_length - 1,
-                config.image_length,
-                self.steps,
-                self.samples,
-                config.text_length - 1,
-                config.image_length,
-                config.kinds,
+                batch=self.batch,
+                inputs=config.text_length - 1,
+                targets=config.image_length,
+                steps=self.steps,
+                decode_batch=self.samples,
+                decode_inputs=config.text_length - 1,
+                decode_tokens=config.image_length,
+                kinds=config.kinds,
             )
         ]
 

@@ -325,16 +325,26 @@ class TFDS:
                 records = itertools.islice(records, shard, None, shards)
             examples = map(features.deserialize_example_np, records)
         else:
-            try:
-                examples = _in_chunks(self.builder.as_data_source(info.name), shard, shards)
-            except NotImplementedError as error:
-                raise ValueError(
-                    f"{self.dataset} is stored as {self.builder.info.file_format.value}: "
-                    "prepare it with file_format='array_record'"
-                ) from error
+            records = random_access(self.builder, info.name, self.dataset)
+            examples = _in_chunks(records, shard, shards)
         for example in examples:
             if text := example[self.text_key].decode("utf-8", "replace").strip():
                 yield text
+
+
+def random_access(builder, split: str, name: str):
+    """A split of a prepared `tfds.core.DatasetBuilder` as a sequence of examples.
+
+    Raises:
+      ValueError: the file format of the data set, `name`, has none; TFDS has it for ArrayRecord.
+    """
+    try:
+        return builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{name} is stored as {builder.info.file_format.value}: prepare it with"
+            " file_format='array_record'"
+        ) from error
 
 
 def open_tfds(dataset: str, data_dir: str | None, download: bool):

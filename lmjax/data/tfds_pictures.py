@@ -13,7 +13,7 @@ from rich.progress import track
 
 from lmjax.data import cache
 from lmjax.data.pictures import CAPTION_KEYS, Pictures, by_language
-from lmjax.data.sources import content_hash, digest, open_tfds
+from lmjax.data.sources import content_hash, digest, open_tfds, random_access
 
 VALIDATION = ("validation", "val")
 """The first of these splits that a data set has is its validation part."""
@@ -98,13 +98,7 @@ class Records:
 
     @functools.cached_property
     def _source(self):
-        try:
-            return self._builder.as_data_source(self.split).data_source
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{self.directory} is stored as {self._builder.info.file_format.value}: prepare it"
-                " with file_format='array_record'"
-            ) from error
+        return random_access(self._builder, self.split, self.directory).data_source
 
     @functools.cached_property
     def _places(self) -> list[tuple[str, int, int]]:

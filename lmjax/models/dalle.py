@@ -468,8 +468,7 @@ class DALLE(nn.Module):
         c, x = self.config, self.embed_stream(tokens)
         stacked, single = None, [None] * len(self.last)
         if scales is not None:
-            stacked, single = jnp.split(scales, [c.blocks * len(BLOCK)])
-            stacked = stacked.reshape(c.blocks, len(BLOCK), 2)
+            stacked, single = by_blocks(c, scales)
         if c.blocks:
             x, _ = self.blocks(x, stacked)
         for layer, own in zip(self.last, single, strict=True):
@@ -531,6 +530,14 @@ BRANCHES = (("attention_norm", "attention"), ("feed_forward_norm", "feed_forward
 """The parameters of a layer's two residual branches."""
 
 
+def by_blocks(
+    config: DALLEConfig, scales: Float[Array, "layers 2"]
+) -> tuple[Float[Array, "blocks 4 2"], Float[Array, "single 2"]]:
+    """Those of the stacked blocks' layers, and of the layers that stand alone."""
+    stacked, single = jnp.split(scales, [config.blocks * len(BLOCK)])
+    return stacked.reshape(config.blocks, len(BLOCK), 2), single
+
+
 def unscaled(config: DALLEConfig, gradients, scales: Float[Array, "layers 2"]):
     """Gradients without the `scales` of their branches."""
 
@@ -546,8 +553,7 @@ def unscaled(config: DALLEConfig, gradients, scales: Float[Array, "layers 2"]):
                 )
         return found
 
-    stacked, single = jnp.split(scales, [config.blocks * len(BLOCK)])
-    stacked = stacked.reshape(config.blocks, len(BLOCK), 2)
+    stacked, single = by_blocks(config, scales)
     found = dict(gradients)
     if config.blocks:
         layers = {f"layers_{i}": stacked[:, i] for i in range(len(BLOCK))}

@@ -19,7 +19,7 @@ from lmjax.sharding.partition import Axes
 from lmjax.sharding.strategies import PMAP, STRATEGIES, MeshOptions, Need, StrategyName, choose
 from lmjax.tasks.gradient_scaling import SCALES, ScalesGradients
 from lmjax.tasks.task import Batch, Params, Scalars, Task
-from lmjax.training.compression import COMPRESSED_AXIS, PowerSGD
+from lmjax.training.compression import COMPRESSED_AXIS, Compression, PowerSGD
 from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
 from lmjax.training.schedules import Schedule
 from lmjax.training.state import (
@@ -307,19 +307,17 @@ def prepare(
     )
     if compression is not None:
         step = by_replicas(
-            functools.partial(step, replicas=COMPRESSED_AXIS, compression=compression),
-            layout,
-            shapes,
+            functools.partial(step, replicas=COMPRESSED_AXIS, compression=compression), layout
         )
     return Prepared(step, build, target)
 
 
-def by_replicas(step: Callable, layout: Layout, shapes: TrainState) -> Callable:
+def by_replicas(step: Callable, layout: Layout) -> Callable:
     """A step that each replica along `COMPRESSED_AXIS` does with its own rows and its own errors;
     the other axes of the mesh divide what a replica has as always."""
-    whole = jax.tree.map(lambda _: PartitionSpec(), shapes)
-    divided = jax.tree.map(lambda _: PartitionSpec(COMPRESSED_AXIS), shapes.compression.errors)
-    specs = whole._replace(compression=whole.compression._replace(errors=divided))
+    whole, divided = PartitionSpec(), PartitionSpec(COMPRESSED_AXIS)
+    same = dict.fromkeys(TrainState._fields, whole)
+    specs = TrainState(**{**same, "compression": Compression(errors=divided, bases=whole)})
     rules = tuple(
         (axis, mesh_axis) for axis, mesh_axis in layout.rules if mesh_axis != COMPRESSED_AXIS
     )
@@ -331,8 +329,8 @@ def by_replicas(step: Callable, layout: Layout, shapes: TrainState) -> Callable:
     return jax.shard_map(
         replica,
         mesh=layout.mesh,
-        in_specs=(specs, PartitionSpec(COMPRESSED_AXIS)),
-        out_specs=(specs, PartitionSpec()),
+        in_specs=(specs, divided),
+        out_specs=(specs, whole),
         axis_names={COMPRESSED_AXIS},
         check_vma=False,
     )

@@ -69,4 +69,4 @@ def test_the_default_run(run, tmp_path):
     done = run(PRETRAIN, "--workdir", tmp_path / "w")
     print(done.stdout, f"{time.monotonic() - began:.0f} s")
     losses = held_out(tmp_path / "w")
-    assert losses[-1] < losses[0] - 1.5  # clearly less: it begins at 8.3, ln 4,096
+    assert losses[-1] < losses[0] - 3

@@ -179,7 +179,7 @@ def test_the_default_run(run, tmp_path):
     print(done.stdout, f"{time.monotonic() - began:.0f} s")
     found = json.loads((tmp_path / "compare.json").read_text())
     for name, result in found["models"].items():
-        assert result["curve"][-1][1] > 0.13, name  # chance is 0.1, a standard error 0.02
+        assert result["curve"][-1][1] > 0.2, name
     mean, error = (found["memory"][name] for name in ("mean", "error"))
     assert mean[WITHOUT] - mean[WITH] > 4 * error[WITHOUT]
     at_first = {name: nats[0] for name, nats in found["memory"]["nats"].items()}

@@ -89,12 +89,12 @@ def test_models_constrain_their_activations(trained):
 
 def test_divided_parameters_take_their_part_of_the_memory(trained):
     model, results, _ = trained
-    if model == "t5-odd":
-        pytest.skip("nothing in it divides")
     whole, optimizer = results["one device"]["params"], results["one device"]["optimizer"]
     parts = {"dp": 1, "pmap": 1, "fsdp": 8, "tp": 8, "tp 2": 2, "fsdp_tp": 4, "fsdp_tp, width": 8}
+    if model == "t5-odd":  # nothing in it divides by eight
+        parts = {"dp": 1, "pmap": 1, "fsdp": 1}
     for name in results.keys() & parts:
-        if model != "t5":  # Adam's averages lie as the parameters do
+        if not model.startswith("t5"):  # Adam's averages lie as the parameters do
             assert optimizer == pytest.approx(2 * whole, rel=0.01)
             assert results[name]["optimizer"] == pytest.approx(
                 2 * results[name]["params"], rel=0.01

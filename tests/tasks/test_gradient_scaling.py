@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.dalle_train import EMOJI
-from lmjax.models.dalle import BRANCHES, DALLE, DALLEConfig, finite_branches, unscaled
+from lmjax.models.dalle import BRANCHES, DALLE, finite_branches, unscaled
 from lmjax.models.layers import Execution
 from lmjax.tasks.gradient_scaling import GradientScaling
 from lmjax.tasks.text_to_image import TextToImage
@@ -14,34 +14,14 @@ from lmjax.training.optimizers import AdamW
 from lmjax.training.schedules import Constant
 from lmjax.training.state import abstract_init
 from lmjax.training.step import arrange, prepare
+from tests.tasks.test_text_to_image import TINY, batch
 
-# One block, and a layer behind it.
-CONFIG = DALLEConfig(
-    text_vocab=11,
-    text_length=6,
-    image_vocab=9,
-    grid=3,
-    layers=5,
-    width=16,
-    heads=2,
-    feed_forward=24,
-    conv_extent=3,
-)
+CONFIG = dataclasses.replace(TINY, layers=5)  # one block, and a layer behind it
 SHAPE = (CONFIG.layers, len(BRANCHES))
 
 
 def task(dtype="float32", scaling=None):
     return TextToImage(DALLE(CONFIG, Execution(dtype)), scaling=scaling)
-
-
-def batch():
-    rng = np.random.default_rng(0)
-    return {
-        "captions": rng.integers(0, 11, (4, 5)),
-        "captions_lengths": np.array([5, 2, 3, 1]),
-        "image_tokens": rng.integers(0, 9, (4, 9)),
-        "loss_weights": np.ones(4, np.float32),
-    }
 
 
 def gradients(task, scales=None, of=1.0):
