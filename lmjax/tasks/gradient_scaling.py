@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool
 
 from lmjax.tasks.task import Params
 
-SCALES = "gradient_scales"
-"""The name of what a task carries, and what the names of all that belongs to it begin with."""
+SCALES, RESTS = "gradient_scales", "gradient_scales_rest"
+"""The names of what a task carries: the scales, and for how many steps each was not shrunk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +39,21 @@ class GradientScaling:
             raise ValueError(f"gradients are scaled for {self.replicas} replicas, not 1 or more")
 
     def init(self, *shape: int) -> dict[str, Array]:
-        """`gradient_scales`, and for how many steps each was not shrunk."""
+        """What is carried, at first."""
         return {
-            "gradient_scales": jnp.full(shape, self.start * self.replicas, jnp.float32),
-            "gradient_scales_rest": jnp.full(shape, self.patience, jnp.int32),
+            SCALES: jnp.full(shape, self.start * self.replicas, jnp.float32),
+            RESTS: jnp.full(shape, self.patience, jnp.int32),
         }
 
     def after(self, scales: dict[str, Array], finite: Bool[Array, "*branches"]) -> dict[str, Array]:
         """Both after a step in which the gradients of these branches were finite."""
-        now, rest = scales["gradient_scales"], scales["gradient_scales_rest"]
+        now, rest = scales[SCALES], scales[RESTS]
         shrunk = ~finite & (rest >= self.patience)
         factor = jnp.where(finite, self.growth, jnp.where(shrunk, self.shrinkage, 1.0))
         bounds = self.lowest * self.replicas, self.highest * self.replicas
         return {
-            "gradient_scales": jnp.clip(now * factor, *bounds),
-            "gradient_scales_rest": jnp.where(shrunk, 0, jnp.minimum(rest, self.patience) + 1),
+            SCALES: jnp.clip(now * factor, *bounds),
+            RESTS: jnp.where(shrunk, 0, jnp.minimum(rest, self.patience) + 1),
         }
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from lmjax.models.dalle import BRANCHES, DALLE, caption_tokens, finite_branches, unscaled
 from lmjax.models.layers import unboxed
-from lmjax.tasks.gradient_scaling import GradientScaling
+from lmjax.tasks.gradient_scaling import SCALES, GradientScaling
 from lmjax.tasks.losses import cross_entropy
 from lmjax.tasks.task import Batch, Initial, decay_labels
 
@@ -63,7 +63,7 @@ class TextToImage:
         del step
         c, variables, tokens = self.model.config, {"params": params}, self.tokens(batch)
         read = self.corrupted(tokens, rngs["dropout"]) if self.corruption and rngs else tokens
-        scales = extra.get("gradient_scales")
+        scales = extra.get(SCALES)
         features = self.model.apply(variables, read, scales, method="features", rngs=rngs)
         matrix = self.model.apply(variables, method="output_matrix")
         text_features, image_features = jnp.split(features, [c.text_length], axis=1)
@@ -103,7 +103,7 @@ class TextToImage:
         """See `tasks.gradient_scaling.ScalesGradients`."""
         if self.scaling is None:
             return gradients
-        return unscaled(self.model.config, gradients, extra["gradient_scales"])
+        return unscaled(self.model.config, gradients, extra[SCALES])
 
     def rescale(self, gradients, extra):
         """The same."""

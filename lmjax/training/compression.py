@@ -20,8 +20,6 @@ from lmjax.tasks.task import Params
 COMPRESSED_AXIS = "data"
 """The axis of the mesh over which sums are compressed; over the others gradients are summed as they
 are."""
-
-
 TABLES = {"vocab", "positions", "types", "relative_buckets"}
 """Axes along which a parameter has a row for each of so many things: embeddings and the like."""
 
@@ -53,8 +51,8 @@ class PowerSGD:
             return False
         return self.rank * sum(own) < math.prod(own)
 
-    def matrices(self, params: Params, axes: Any) -> dict[str, tuple[Any, Axes]]:
-        """(parameter or its shape, axes) of those that are compressed, by name.
+    def matrices(self, params: Params, axes: Any) -> dict[str, Any]:
+        """Those parameters, or shapes of them, whose gradients are compressed, by name.
 
         Raises:
             ValueError: there are none.
@@ -63,7 +61,7 @@ class PowerSGD:
 
         def note(path, param, own):
             if self.compresses(tuple(own), param.shape):
-                found[_name(path)] = param, tuple(own)
+                found[_name(path)] = param
 
         jax.tree.map_with_path(note, params, axes)
         if not found:
@@ -76,7 +74,7 @@ class PowerSGD:
 
     def init(self, params: Params, axes: Any, replicas: int) -> Compression:
         """Nothing lost, and bases that point anywhere, the same on all devices."""
-        matrices = {name: param for name, (param, _) in self.matrices(params, axes).items()}
+        matrices = self.matrices(params, axes)
         keys = jax.random.split(jax.random.key(0), len(matrices))
         return Compression(
             {name: jnp.zeros((replicas, *x.shape), jnp.float32) for name, x in matrices.items()},

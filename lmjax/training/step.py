@@ -17,7 +17,7 @@ from lmjax.sharding.hardware import device_memory
 from lmjax.sharding.mesh import Layout, check_batch_size, lay_out
 from lmjax.sharding.partition import Axes
 from lmjax.sharding.strategies import PMAP, STRATEGIES, MeshOptions, Need, StrategyName, choose
-from lmjax.tasks.gradient_scaling import SCALES, ScalesGradients
+from lmjax.tasks.gradient_scaling import RESTS, SCALES, ScalesGradients
 from lmjax.tasks.task import Batch, Params, Scalars, Task
 from lmjax.training.compression import COMPRESSED_AXIS, Compression, PowerSGD
 from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
@@ -355,7 +355,7 @@ def check_compression(task: Task, layout: Layout, compression: PowerSGD | None) 
             " smaller mesh.fsdp or mesh.model, or give it more devices"
         )
     params, axes, _, extra_axes = abstract_init(task)
-    carried = [x for x in extra_axes if not x.startswith(SCALES)]  # scales are the same everywhere
+    carried = [x for x in extra_axes if x not in (SCALES, RESTS)]  # these are the same everywhere
     if carried:
         raise ValueError(
             f"gradients of {name} are not compressed, because it carries arrays along from step to"

@@ -89,9 +89,9 @@ def test_less_is_sent(results):
     """By as much as the factors are smaller than the matrices."""
     params, axes = abstract_parameters(TASK)
     matrices = PowerSGD(RANK).matrices(params, axes)
-    whole = sum(param.size for param, _ in matrices.values())
+    whole = sum(param.size for param in matrices.values())
     factors = sum(
-        RANK * np.prod(param.shape[:-2]) * sum(param.shape[-2:]) for param, _ in matrices.values()
+        RANK * np.prod(param.shape[:-2]) * sum(param.shape[-2:]) for param in matrices.values()
     )
     saved = results["as they are"]["sent"]["data"] - results["dp"]["sent"]["data"]
     assert saved == pytest.approx(2 * 7 / 8 * 4 * (whole - factors), rel=0.02)
@@ -129,6 +129,6 @@ def test_errors_are_divided(results):
     """Among the replicas, and as the parameters are."""
     params, axes = abstract_parameters(TASK)
     matrices = PowerSGD(RANK).matrices(params, axes)
-    whole = sum(4 * param.size for param, _ in matrices.values())
+    whole = sum(4 * param.size for param in matrices.values())
     for name, ways in (("dp", 1), ("fsdp", 2)):
         assert results[name]["error bytes"] == pytest.approx(whole / ways, rel=0.1)
