@@ -76,22 +76,25 @@ MINI = BertPretrain(
     model=dataclasses.replace(
         bert.PRESETS["base"],
         vocab=4_096,
-        positions=128,
-        layers=4,
-        width=192,
-        heads=8,
-        feed_forward=768,
+        positions=64,
+        layers=2,
+        width=128,
+        heads=4,
+        feed_forward=512,
         dropout=0.0,
+        init_scale=0.06,
     ),
-    objective=MaskedPairs(copies=1),
+    objective=MaskedPairs(length=64, predictions=10, copies=1),
     data=TokenizedText(subwords="wordpiece", vocab_size=4_096),
     optimizer=AdamW(
-        Linear(2e-3, horizon=600, warmup=60, from_start=True), beta2=0.98, bias_correction=False
+        Linear(2e-3, horizon=3_500, warmup=350, from_start=True),
+        beta2=0.98,
+        bias_correction=False,
     ),
     batch=32,
-    steps=600,
+    steps=3_500,
     workdir=Path("runs/bert-mini"),
-    fit=FitOptions(log_every=1, eval_every=50, checkpoint_every=50),
+    fit=FitOptions(log_every=10, eval_every=250, checkpoint_every=250),
 )
 
 

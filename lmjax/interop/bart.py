@@ -34,6 +34,7 @@ FIELDS = {
     "attention_dropout": "attention_dropout",
     "activation_dropout": "activation_dropout",
     "classifier_dropout": "classifier_dropout",
+    "init_scale": "init_std",
 }
 ABSENT = {
     "encoder_layers": 12,

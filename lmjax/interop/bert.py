@@ -30,6 +30,7 @@ FIELDS = {
     "feed_forward": "intermediate_size",
     "dropout": "hidden_dropout_prob",
     "norm_epsilon": "layer_norm_eps",
+    "init_scale": "initializer_range",
 }
 DEFAULTS = {"bert": PRESETS["base"], "roberta": PRESETS["roberta-base"]}
 """What a config.json that lacks a field means, by its model_type."""

@@ -41,8 +41,6 @@ from lmjax.models.layers import (
     weight,
 )
 
-INIT = nn.initializers.truncated_normal(0.02)
-
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
@@ -75,6 +73,8 @@ class BertConfig:
     dropout: float = 0.1
     """After the embeddings, on attention weights, and after sublayers."""
     norm_epsilon: float = 1e-12
+    init_scale: float = 0.02
+    """Standard deviation of weights before training; narrow models learn faster with more."""
 
     def __post_init__(self):
         sizes = ("vocab", "positions", "token_types", "layers", "width", "heads", "feed_forward")
@@ -87,6 +87,10 @@ class BertConfig:
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    @property
+    def init(self) -> nn.initializers.Initializer:
+        return nn.initializers.truncated_normal(self.init_scale)
 
     def training_flops(self, batch: int, length: int, predicted: int) -> float:
         """Floating-point operations of the products in one step: forwards, and twice backwards.
@@ -123,7 +127,7 @@ class Attention(nn.Module):
         c = self.config
 
         def heads(name: str) -> Float[Array, "B T N H"]:
-            y = affine(self, x, name, INIT, embed=c.width, heads=c.width)
+            y = affine(self, x, name, c.init, embed=c.width, heads=c.width)
             return split_heads(y, c.heads)
 
         queries, keys, values = heads("query"), heads("key"), heads("value")
@@ -136,7 +140,7 @@ class Attention(nn.Module):
             key=dropout_key(self, c.dropout),
             execution=self.execution,
         )
-        return affine(self, context.reshape(x.shape), "out", INIT, heads=c.width, embed=c.width)
+        return affine(self, context.reshape(x.shape), "out", c.init, heads=c.width, embed=c.width)
 
 
 class FeedForward(nn.Module):
@@ -146,10 +150,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
-        up = affine(self, x, "up", INIT, embed=c.width, mlp=c.feed_forward)
+        up = affine(self, x, "up", c.init, embed=c.width, mlp=c.feed_forward)
         hidden = nn.gelu(up, approximate=c.tanh_gelu)
         hidden = constrain(hidden, "batch", "activation_length", "activation_mlp")
-        return affine(self, hidden, "down", INIT, mlp=c.feed_forward, embed=c.width)
+        return affine(self, hidden, "down", c.init, mlp=c.feed_forward, embed=c.width)
 
 
 class Layer(nn.Module):
@@ -176,7 +180,7 @@ class MaskedHead(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         c = self.config
-        x = affine(self, x, "transform", INIT, embed=c.width, mlp=c.width)
+        x = affine(self, x, "transform", c.init, embed=c.width, mlp=c.width)
         return LayerNorm(c.norm_epsilon, self.execution, name="norm")(
             nn.gelu(x, approximate=c.tanh_gelu)
         )
@@ -195,10 +199,10 @@ class Bert(nn.Module):
 
     def setup(self):
         c, e = self.config, self.execution
-        self.embedding = weight(self, "embedding", INIT, vocab=c.vocab, embed=c.width)
+        self.embedding = weight(self, "embedding", c.init, vocab=c.vocab, embed=c.width)
         rows = c.first_position + c.positions
-        self.positions = weight(self, "positions", INIT, positions=rows, embed=c.width)
-        self.token_types = weight(self, "token_types", INIT, types=c.token_types, embed=c.width)
+        self.positions = weight(self, "positions", c.init, positions=rows, embed=c.width)
+        self.token_types = weight(self, "token_types", c.init, types=c.token_types, embed=c.width)
         self.embedding_norm = LayerNorm(c.norm_epsilon, e)
         self.layers = stack(Layer, c.layers, e, inputs=1)(c, e)
         if c.kind in ("pretraining", "masked_lm"):
@@ -207,12 +211,12 @@ class Bert(nn.Module):
                 self, "output_bias", nn.initializers.zeros, "float32", vocab=c.vocab
             )
         if c.kind in ("pretraining", "encoder", "text_classifier"):
-            self.pooler = Pooler(INIT, e)
+            self.pooler = Pooler(c.init, e)
         if c.kind == "pretraining":
-            self.verdict = Classifier(2, INIT, e)
+            self.verdict = Classifier(2, c.init, e)
         if c.kind in ("text_classifier", "token_classifier", "span"):
             labels = 2 if c.kind == "span" else c.labels
-            self.classifier = Classifier(labels, INIT, e, c.dropout)
+            self.classifier = Classifier(labels, c.init, e, c.dropout)
 
     def __call__(
         self,

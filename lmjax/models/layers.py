@@ -48,14 +48,16 @@ class Execution:
 
 
 def check_config(config, *sizes: str) -> None:
-    """Raises ValueError for sizes that are not positive or a dropout, if there is one, that is no
-    probability."""
+    """Raises ValueError for sizes that are not positive, or for a dropout that is no probability or
+    an init_scale that is not above 0, if there are such."""
     name = type(config).__name__
     for size in sizes:
         if getattr(config, size) < 1:
             raise ValueError(f"{name}.{size} is {getattr(config, size)}, not a positive size")
     if not 0 <= getattr(config, "dropout", 0) < 1:
         raise ValueError(f"{name}.dropout is {config.dropout}, not in [0, 1)")
+    if not getattr(config, "init_scale", 1) > 0:
+        raise ValueError(f"{name}.init_scale is {config.init_scale}, not above 0")
 
 
 def check_choices(config, *names: str) -> None:

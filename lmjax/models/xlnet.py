@@ -98,8 +98,6 @@ class XLNetConfig:
                 " width"
             )
         check_choices(self, "activation", "kind")
-        if not self.init_scale > 0:
-            raise ValueError(f"XLNetConfig.init_scale is {self.init_scale}, not above 0")
         if self.memory < 0 or (self.reuse is not None and self.reuse < 1):
             raise ValueError(
                 f"XLNetConfig.memory is {self.memory} and reuse {self.reuse}: expected 0 or more,"
