@@ -77,11 +77,11 @@ def main() -> None:
     model, params, tokenizer = trained("checkpoint", settings.checkpoint, "dalle")
     ranker = trained("clip", settings.clip, "clip") if settings.rerank == "clip" else None
     run = dataclasses.replace(dalle_train.EMOJI, dvae=settings.dvae, seed=settings.seed)
-    easel = Easel(run, model, params, tokenizer)
+    easel = Easel(run, model, tokenizer)
     top = None
     if settings.complete is not None:
         top = given_rows(settings, easel, model.config.grid)
-    drawn = easel.draw(settings.captions, settings.samples, sampling, top)
+    drawn = easel.draw(params, settings.captions, settings.samples, sampling, top)
     console = Console(highlight=False, soft_wrap=True)
     rows = []
     for caption, pictures in zip(settings.captions, drawn, strict=True):

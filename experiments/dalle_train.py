@@ -56,6 +56,9 @@ from lmjax.training.schedules import Constant, Cosine
 JUDGED = 64
 """Captions of each language that are drawn once, to see whether they can be told apart."""
 SHOWN, SAMPLES = 5, 8
+COLUMNS = ["original", *map(str, range(1, SAMPLES + 1))]
+WATCHED = 3
+"""Captions of each language that are drawn after each evaluation, for TensorBoard."""
 SAMPLING = Sampling(temperature=0.9, top_p=0.95)
 
 
@@ -103,6 +106,10 @@ class DALLETrain(PictureRun):
         replicas = self.gradient_scaling
         scaling = None if replicas is None else GradientScaling(replicas)
         return TextToImage(model, self.text_weight, self.corruption, scaling)
+
+    @property
+    def languages(self) -> list[str]:
+        return [name for name in ("en", "ko") if self.data.language in (name, "both")]
 
     def rows(self) -> dict[str, int]:
         captions = self.model.text_length - 1
@@ -225,36 +232,35 @@ CHOICES = optimizer_choices()
 
 def main() -> None:
     settings = command_line.parse(PRESETS, DEFAULT, __doc__, CHOICES)
-    pretrain(settings, PRESETS, "dalle_train", show_drawings)
+    pretrain(settings, PRESETS, "dalle_train", show_drawings, watch_drawings)
+
+
+def watch_drawings(settings: DALLETrain, model: DALLE, data: PictureBatches):
+    """The maker of a small sheet of drawings, for TensorBoard."""
+    easel, train = Easel(settings, model, data.tokenizer), open_pictures(settings.data)["train"]
+
+    def watch(params):
+        rows = sample_rows(easel, params, train, settings.languages, WATCHED)
+        return {"samples": sheet(rows, COLUMNS)}
+
+    return watch
 
 
 def show_drawings(
     settings: DALLETrain, model: DALLE, params, data: PictureBatches, console: Console
 ) -> None:
     """Draws captions of training and held-out pictures, and says how well they are told apart."""
-    easel = Easel(settings, model, params, data.tokenizer)
-    splits = open_pictures(settings.data)
-    languages = [name for name in ("en", "ko") if settings.data.language in (name, "both")]
-    rows = []
-    for split, about in (("train", ""), ("validation", " (held out)")):
-        for language in languages:
-            some = captioned(splits[split], language, SHOWN, seed=1)
-            drawn = easel.draw([caption for caption, _ in some], samples=SAMPLES)
-            originals = easel.originals(splits[split], [index for _, index in some])
-            rows += [
-                (caption + about, [original, *pictures])
-                for (caption, _), original, pictures in zip(some, originals, drawn, strict=True)
-            ]
-    path = save_sheet(
-        sheet(rows, ["original", *map(str, range(1, SAMPLES + 1))]),
-        settings.workdir,
-        "samples",
-        settings.steps,
-    )
+    easel, splits = Easel(settings, model, data.tokenizer), open_pictures(settings.data)
+    rows = sample_rows(easel, params, splits["train"], settings.languages, SHOWN)
+    for caption, pictures in sample_rows(
+        easel, params, splits["validation"], settings.languages, SHOWN
+    ):
+        rows.append((f"{caption} (held out)", pictures))
+    path = save_sheet(sheet(rows, COLUMNS), settings.workdir, "samples", settings.steps)
     for split, about in (("train", "captions it was trained on"), ("validation", "held-out ones")):
-        for language in languages:
+        for language in settings.languages:
             some = captioned(splits[split], language, JUDGED, seed=0)
-            drawn = easel.draw([caption for caption, _ in some])[:, 0]
+            drawn = easel.draw(params, [caption for caption, _ in some])[:, 0]
             originals = easel.originals(splits[split], [index for _, index in some])
             right = (nearest(drawn, originals) == np.arange(len(some))).mean()
             console.print(
@@ -262,6 +268,19 @@ def show_drawings(
                 f" {right:.0%} of cases (chance: {1 / len(some):.1%})"
             )
     console.print(f"look at {path}")
+
+
+def sample_rows(
+    easel: "Easel", params, pictures: Pictures, languages: Sequence[str], count: int
+) -> list[tuple[str, list[np.ndarray]]]:
+    """(a caption, its original and drawings of it): `count` for each language."""
+    some = [pair for name in languages for pair in captioned(pictures, name, count, seed=1)]
+    drawn = easel.draw(params, [caption for caption, _ in some], samples=SAMPLES)
+    originals = easel.originals(pictures, [index for _, index in some])
+    return [
+        (caption, [original, *samples])
+        for (caption, _), original, samples in zip(some, originals, drawn, strict=True)
+    ]
 
 
 def captioned(pictures: Pictures, language: str, count: int, seed: int) -> list[tuple[str, int]]:
@@ -272,17 +291,18 @@ def captioned(pictures: Pictures, language: str, count: int, seed: int) -> list[
 
 
 class Easel:
-    """Draws pictures of captions with a transformer and the dVAE that it was trained with."""
+    """Draws pictures of captions with a transformer and the dVAE that it is trained with."""
 
-    def __init__(self, settings: DALLETrain, model: DALLE, params, tokenizer):
+    def __init__(self, settings: DALLETrain, model: DALLE, tokenizer):
         self._dvae, self._dvae_params = trained_dvae(settings.dvae, model.config)
-        self._model, self._params, self._seed = model, params, settings.seed
+        self._model, self._seed = model, settings.seed
         length = model.config.text_length - 1
         self._encode = CaptionEncoder(tokenizer, length, truncate=settings.data.truncate).encode
         self._decode = jax.jit(self._picture)
 
     def draw(
         self,
+        params,
         captions: Sequence[str],
         samples: int = 1,
         sampling: Sampling = SAMPLING,
@@ -295,7 +315,7 @@ class Easel:
             row[: len(one)] = one
         drawn = draw(
             self._model,
-            self._params,
+            params,
             padded,
             lengths=np.array([len(one) for one in ids]),
             samples=samples,

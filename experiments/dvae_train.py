@@ -25,6 +25,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL.Image import Image
 from rich.console import Console
 
 from lmjax import command_line
@@ -109,28 +110,36 @@ CHOICES = optimizer_choices()
 
 def main() -> None:
     settings = command_line.parse(PRESETS, DEFAULT, __doc__, CHOICES)
-    pretrain(settings, PRESETS, "dvae_train", show_reconstructions)
+    pretrain(settings, PRESETS, "dvae_train", show_reconstructions, watch_reconstructions)
+
+
+def watch_reconstructions(settings: DVAETrain, model: DVAE, data: PictureBatches):
+    """The maker of a sheet of held-out pictures and what is left of them, for TensorBoard."""
+    rebuild, pictures = through_codes(model), data.evaluation[0]["pictures"]
+
+    def watch(params):
+        _, again = rebuild(params, pictures)
+        return {"reconstructions": beside(pictures, again)}
+
+    return watch
 
 
 def show_reconstructions(
     settings: DVAETrain, model: DVAE, params, data: PictureBatches, console: Console
 ) -> None:
     """Draws held-out pictures beside their reconstructions, and the use of the codes."""
-    code = jax.jit(lambda pictures: codes_of(apply(model, params, "encode", as_floats(pictures))))
-    decode = jax.jit(lambda codes: apply(model, params, "decode", codes).picture())
-    decibels, found, shown = [], [], []
+    rebuild = through_codes(model)
+    pictures, found, again = [], [], []
     for batch in data.evaluation:
         real = batch["loss_weights"] > 0
-        codes = np.asarray(code(batch["pictures"]))
-        again = as_bytes(decode(codes))
-        errors = (batch["pictures"][real] / 255 - again[real] / 255) ** 2
-        decibels += list(-10 * np.log10(np.maximum(errors.mean((1, 2, 3)), 1e-6)))
+        codes, rebuilt = rebuild(params, batch["pictures"])
+        pictures.append(batch["pictures"][real])
         found.append(codes[real])
-        shown += list(zip(batch["pictures"][real], again[real], strict=True))
-    step = max(1, len(shown) // SHOWN)
-    pairs = shown[::step][:SHOWN]
-    rows = [("pictures", [pair[0] for pair in pairs]), ("from codes", [pair[1] for pair in pairs])]
-    save_sheet(sheet(rows), settings.workdir, "reconstructions", settings.steps)
+        again.append(rebuilt[real])
+    pictures, again = np.concatenate(pictures), np.concatenate(again)
+    errors = ((pictures / 255 - again / 255) ** 2).mean((1, 2, 3))
+    decibels = -10 * np.log10(np.maximum(errors, 1e-6))
+    save_sheet(beside(pictures, again), settings.workdir, "reconstructions", settings.steps)
     counts = np.bincount(np.concatenate(found).reshape(-1), minlength=settings.model.codes)
     draw_use(counts, settings.workdir / "codes.png")
     frequencies = counts[counts > 0] / counts.sum()
@@ -142,8 +151,26 @@ def show_reconstructions(
     )
 
 
-def apply(model: DVAE, params, method: str, x):
-    return model.apply({"params": params}, x, method=method)
+def through_codes(model: DVAE):
+    """(parameters, pictures) -> (their codes, what is left of them), in bytes as they came."""
+
+    @jax.jit
+    def rebuild(params, pictures):
+        codes = codes_of(model.apply({"params": params}, as_floats(pictures), method="encode"))
+        return codes, model.apply({"params": params}, codes, method="decode").picture()
+
+    def in_bytes(params, pictures):
+        codes, rebuilt = rebuild(params, pictures)
+        return np.asarray(codes), as_bytes(rebuilt)
+
+    return in_bytes
+
+
+def beside(pictures: np.ndarray, again: np.ndarray) -> Image:
+    """A sheet of some of them."""
+    some = slice(0, None, max(1, len(pictures) // SHOWN))
+    rows = [("pictures", pictures[some][:SHOWN]), ("from codes", again[some][:SHOWN])]
+    return sheet(rows)
 
 
 def draw_use(counts: np.ndarray, path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import jax
+from PIL.Image import Image
 from rich.console import Console
 from rich.markup import escape
 
@@ -225,6 +226,7 @@ def pretrain(
     presets: Mapping[str, Run],
     experiment: str,
     show: Callable[[Any, Any, Any, Any, Console], None],
+    watch: Callable[[Any, Any, Any], Callable[[Any], Mapping[str, Image]]] | None = None,
 ) -> Fitted:
     """Trains, or goes on training, and shows what was learned.
 
@@ -232,7 +234,10 @@ def pretrain(
         presets: the experiment's; `--init` brings a model of its own unless the settings ask for
             one that is in none of them.
         experiment: its name, for config.json.
-        show: (settings, model, parameters, data, console), called when the last step is done.
+        show: (settings, model, parameters, data, console), called when the last step is done, in
+            the first process.
+        watch: (settings, model, data) -> what `fit` calls `watch`; not with several processes, of
+            which none has all parameters while they train.
     """
     if joined := multihost.start(settings.distributed):
         print(joined, flush=True)
@@ -267,13 +272,17 @@ def pretrain(
         runtime=settings.fit,
         layout=layout,
         evaluation=data.evaluation,
+        watch=watch(settings, task.model, data) if watch and jax.process_count() == 1 else None,
         averaging=settings.averaging,
         compression=settings.compression,
         init=None if start is None else start.load_params,
         files={} if data.tokenizer is None else {TOKENIZER: data.tokenizer.model},
     )
     if not fitted.interrupted:
-        show(settings, task.model, fitted.state.evaluated, data, console)
+        params = multihost.on_one_device(fitted.state.evaluated)
+        if jax.process_index() == 0:
+            show(settings, task.model, params, data, console)
+        multihost.barrier("what was learned", timeout=24 * 3_600)
     return fitted
 
 

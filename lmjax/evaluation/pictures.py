@@ -74,7 +74,7 @@ def save_sheet(image: Image.Image, workdir: Path, name: str, step: int) -> Path:
     image.save(content, "png")
     cache.atomic_write(path, content.getvalue())
     events = Events(workdir / EVENTS, step)
-    events.add_picture(name, content.getvalue(), image.size, step)
+    events.add_picture(name, image, step)
     events.close()
     return path
 

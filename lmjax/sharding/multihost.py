@@ -303,6 +303,16 @@ def first_process_first(name: str, timeout: int = 300) -> Iterator[None]:
         yield
 
 
+def on_one_device(params: Any) -> Any:
+    """Arrays of all processes' devices, whole on one device of each process; others as they are."""
+    if jax.process_count() == 1:
+        return params
+    from jax.experimental import multihost_utils
+
+    whole = multihost_utils.process_allgather(params, tiled=True)
+    return jax.device_put(whole, jax.local_devices()[0])
+
+
 class StopTogether:
     """Lets a request to stop, made in any process, end all of them after the same step."""
 

@@ -354,7 +354,14 @@ def restore_params(
     directory = Path(workdir).absolute() / CHECKPOINTS
     if step not in (steps := _finished_steps(directory)):
         raise CheckpointError(f"{workdir} has no checkpoint of step {step}, only of {steps}")
-    with _manager(directory, read_only=True, save_interval_steps=0, create=False) as manager:
+    # Every process reads by itself, whenever it likes: it may want another run's parameters.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process-{jax.process_index()}",
+    )
+    options = {"save_interval_steps": 0, "create": False, "multiprocessing_options": alone}
+    with _manager(directory, read_only=True, **options) as manager:
         try:
             item = "ema" if (directory / str(step) / "ema").exists() else "params"
             saved = manager.item_metadata(step)[item].tree
@@ -405,7 +412,10 @@ def _manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
     logging.getLogger("absl").addFilter(_not_an_error_of_orbax)
     # Named up front, so that the shapes in a checkpoint can be read before its arrays.
     items = ("params", "training", *_OPTIONAL)
-    arrays = {item: ocp.StandardCheckpointHandler() for item in items}
+    processes = options.get("multiprocessing_options", ocp.options.MultiprocessingOptions())
+    arrays = {
+        item: ocp.StandardCheckpointHandler(multiprocessing_options=processes) for item in items
+    }
     return ocp.CheckpointManager(
         directory,
         options=ocp.CheckpointManagerOptions(**options),

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL.Image import Image
 
 from lmjax.data.batches import Batches, joined_positions
 from lmjax.sharding.hardware import peak_flops
@@ -108,6 +109,7 @@ def fit(
     identity: Mapping[str, Any],
     runtime: FitOptions = FitOptions(),  # noqa: B008 (it is frozen)
     evaluation: Sequence[Mapping[str, np.ndarray]] = (),
+    watch: Callable[[Params], Mapping[str, Image]] | None = None,
     averaging: Averaging | None = None,
     compression: PowerSGD | None = None,
     init: Callable[[], Params] | None = None,
@@ -125,6 +127,8 @@ def fit(
         identity: what must be the same when the run is resumed; dataclasses and JSON. It is kept
             in config.json, together with `averaging` and `compression`.
         evaluation: held-out batches, each this host's rows; metrics are exact over all of them.
+        watch: pictures to follow the run by, of the parameters that were just evaluated; not called
+            before the first step and after the last, nor again after it ran out of memory.
         averaging: keep a moving average of the parameters, and evaluate that.
         compression: of the gradients that are summed over the mesh's `data` axis, whose size then
             has to stay.
@@ -210,7 +214,7 @@ def fit(
         kept = shardings(target.extra)
         evaluator = Evaluator(task, evaluation, layout.batch, kept) if evaluation else None
         guard = Guard(runtime, checkpoints, target.params, info["skipped"])
-        loop = Loop(compiled, feed, evaluator, checkpoints, reporter, guard, runtime)
+        loop = Loop(compiled, feed, evaluator, watch, checkpoints, reporter, guard, runtime)
         state = loop.run(state, batch, first, steps, interruption)
     last = int(state.step)
     if last < steps:
@@ -379,6 +383,7 @@ class Loop:
     step: jax.stages.Compiled
     feed: Feed
     evaluate: Evaluator | None
+    watch: Callable[[Params], Mapping[str, Image]] | None
     checkpoints: Checkpoints
     reporter: Reporter
     guard: Guard
@@ -415,6 +420,8 @@ class Loop:
                     metrics = self._evaluate(state, number) if evaluate else None
                     if save:
                         self._save(state, number, metrics)
+                    if evaluate and not last:
+                        self._watch(state, number)
             if last:
                 break
             try:
@@ -457,6 +464,17 @@ class Loop:
         metrics = self.evaluate(state)
         self.reporter.log_evaluation(step, metrics, averaged=state.ema is not None)
         return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def _watch(self, state: TrainState, step: int) -> None:
+        if self.watch is None:
+            return
+        try:
+            pictures = self.watch(state.evaluated)
+        except jax.errors.JaxRuntimeError as error:  # out of memory, most likely
+            self.reporter.say(f"step {step}: no pictures from now on: {str(error).splitlines()[0]}")
+            self.watch = None
+        else:
+            self.reporter.log_pictures(step, pictures)
 
 
 class Interruption:

@@ -11,12 +11,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -118,6 +119,13 @@ class Reporter:
         if 0 < step < self.steps:
             self.draw()
 
+    def log_pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
+        """Shows pictures of what the model can do by now in TensorBoard, under their names."""
+        if self._writes:
+            with self._failures_said_plainly():
+                for name, picture in pictures.items():
+                    self._events.add_picture(name, picture, step)
+
     def draw(self) -> None:
         """Writes the picture of the training and held-out loss."""
         if self._writes:
@@ -128,7 +136,7 @@ class Reporter:
             return
         # Not-a-number is no JSON: such a value is recorded as null.
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        try:
+        with self._failures_said_plainly():
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
             for name, value in values.items():
@@ -136,6 +144,11 @@ class Reporter:
                 if value is not None:
                     self._events.add(f"{group}/{name.removeprefix('eval_')}", value, step)
             self._events.flush()
+
+    @contextlib.contextmanager
+    def _failures_said_plainly(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CheckpointError(
                 f"{self.workdir / METRICS} could not be written ({error.strerror}): make room and"
@@ -221,14 +234,17 @@ class Events:
         scalar = self._summary(value=[self._summary.Value(tag=name, simple_value=value)])
         self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar))
 
-    def add_picture(self, name: str, png: bytes, size: tuple[int, int], step: int) -> None:
-        """`size` is (width, height), in pixels."""
-        width, height = size
+    def add_picture(self, name: str, picture: Image, step: int) -> None:
+        png = io.BytesIO()
+        picture.save(png, "png")
         image = self._summary.Image(
-            width=width, height=height, colorspace=3, encoded_image_string=png
+            width=picture.width,
+            height=picture.height,
+            colorspace=3,
+            encoded_image_string=png.getvalue(),
         )
-        picture = self._summary(value=[self._summary.Value(tag=name, image=image)])
-        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=picture))
+        summary = self._summary(value=[self._summary.Value(tag=name, image=image)])
+        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self, seconds: float = 10.0) -> None:
         """Writes out what was added, unless that was done less than so many seconds ago."""

@@ -1,14 +1,21 @@
 """DALL-E's stages one after the other, on emoji, small."""
 
+import io
 import json
 import re
+import socket
+import struct
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto import event_pb2
 
 import lmjax
+from tests.experiments.conftest import ROOT, environment
 from tests.experiments.test_t5_pretrain import held_out
 
 DVAE = """--model.size 16 --model.codes 32 --model.width 16 --model.code-width 16 --model.patch 4
@@ -38,6 +45,7 @@ def test_pictures_through_codes(run, stages):
     assert tokenizer is None and model.config.codes == 32
     codes = model.apply({"params": params}, np.zeros((1, 16, 16, 3)), method="encode")
     assert codes.shape == (1, 4, 4, 32)
+    assert pictures_shown(stages / "dvae", "reconstructions") == [20, 40, 60]
 
 
 def test_captions_to_pictures(run, stages):
@@ -51,8 +59,44 @@ def test_captions_to_pictures(run, stages):
     assert losses[-1] < losses[0] - 0.5
     assert done.stdout.count("nearest to its own original") == 4
     assert Image.open(stages / "dalle" / "samples.png").height > 1_000
-    events = b"".join(p.read_bytes() for p in (stages / "dalle" / "tensorboard").iterdir())
-    assert b"samples" in events and b"\x89PNG" in events
+    assert pictures_shown(stages / "dalle", "samples") == [20, 40]
+
+
+def test_of_two_processes_one_shows_what_both_have_learned(cache, stages, tmp_path):
+    """Each has a part of the parameters, and reads the dVAE for itself."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "experiments.dalle_train", *DALLE, "--steps", "2"]
+    command += ["--dvae", stages / "dvae", "--workdir", tmp_path / "w", "--strategy", "fsdp"]
+    command += ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", "2"]
+    both = [
+        subprocess.Popen(
+            [*command, "--distributed.process", str(number)], cwd=ROOT, env=environment(cache),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert [output.count("nearest to its own") for output in outputs] == [4, 0]
+    assert pictures_shown(tmp_path / "w", "samples") == [2]
+    Image.open(tmp_path / "w" / "samples.png").verify()
+
+
+def pictures_shown(workdir, name) -> list[int]:
+    """The steps of which TensorBoard has a picture of this name."""
+    steps = []
+    for path in (workdir / "tensorboard").iterdir():
+        content = path.read_bytes()
+        while content:  # the record's length, its checksum, the record, a checksum
+            (length,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                if value.tag == name:
+                    Image.open(io.BytesIO(value.image.encoded_image_string)).verify()
+                    steps.append(event.step)
+    return sorted(steps)
 
 
 def test_pictures_are_matched_drawn_and_ranked(run, stages, tmp_path):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from lmjax.training.checkpoints import CheckpointError, Checkpoints, latest_step, restore_params
 from lmjax.training.fit import FitOptions, NonFinite, OutOfMemory
@@ -157,6 +158,26 @@ def test_evaluation_is_exact_over_batches_of_unequal_weight_and_uses_the_average
     assert_same(restore_params(tmp_path), state.ema)
     with pytest.raises(CheckpointError, match=r"averaging.decay 0.9 -> 0.5\)"):
         toy.train(tmp_path, 4, averaging=Averaging(0.5))
+
+
+def test_pictures_follow_evaluations_until_memory_runs_out(tmp_path, capsys):
+    given = []
+
+    def watch(params):
+        given.append(jax.device_get(params))
+        if len(given) == 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too many\npictures")
+        return {"square": Image.new("RGB", (2, 2))}
+
+    watched = {"averaging": Averaging(0.9), "evaluation": toy.EVALUATION, "watch": watch}
+    state = toy.train(tmp_path / "a", 14, **watched).state
+    assert state.step == 14 and len(given) == 2  # of steps 4 and 8, not of 12
+    assert "step 8: no pictures from now on: RESOURCE_EXHAUSTED: too many\n" in (
+        capsys.readouterr().out
+    )
+    assert_same(given[0], toy.train(tmp_path / "b", 4, averaging=Averaging(0.9)).state.ema)
+    (events,) = (tmp_path / "a" / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"\x89PNG") == 1
 
 
 # --- going on where a run ended
