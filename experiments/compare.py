@@ -114,12 +114,12 @@ class Compare:
     """Of a model with one stack; one with encoder and decoder has half of them in each."""
     width: int = 128
     heads: int = 4
-    window: int = 126
+    window: int = 66
     """Tokens of text in a row, divisible by 3: XLNet's rows advance by two thirds of it."""
     rows: int = 16
     """Rows of a batch, divisible by 4: XLNet has half as many more, for the same tokens of text;
     BERT as many as its pairs of sentences, which do not fill their rows, need."""
-    steps: int = 1_200
+    steps: int = 2_400
     """The learning rates' decay is made for them: another number needs another --workdir."""
     seed: int = 0
     workdir: Path = Path("runs/compare")
@@ -130,9 +130,9 @@ class Compare:
     """Tokens of a passage."""
     evaluations: int = 8
     """How many times the questions are asked on the way."""
-    memory_steps: int = 400
+    memory_steps: int = 800
     """Steps that XLNet then goes on for, once with a memory and once without."""
-    memory_batches: int = 40
+    memory_batches: int = 80
     """Held-out batches, in their order, that both read."""
 
     def __post_init__(self):

@@ -5,11 +5,12 @@
     candidates   values  module  elements  is  ...     (answer 2)
 
 A model gives every candidate the log-probability that it assigns by itself: masked models that of
-the word in the place of a mask; XLNet that of the word, guessed last; decoders that of the whole
-text with it; encoder-decoders that of what they write when they are given the text with a gap.
-Candidates are drawn by their frequency, so its logarithm is taken off again: whoever knows nothing
-but frequencies is left to chance. Metrics are the share of questions whose answer scores highest (a
-tenth by chance), and the cross-entropy among the ten in nats (log 10 by chance).
+the word in the place of a mask; XLNet that of the word, guessed last; GPT-2 that of the whole text
+with it; BART that of the whole text, written after reading it with a mask; T5 that of the word,
+written after reading the text with a sentinel. Candidates are drawn by their frequency, so its
+logarithm is taken off again: whoever knows nothing but frequencies is left to chance. Metrics are
+the share of questions whose answer scores highest (a tenth by chance), and the cross-entropy among
+the ten in nats (log 10 by chance).
 Axes: B batch, C candidates, T passage length, D width, V vocabulary.
 """
 
@@ -180,7 +181,7 @@ def masked(model, params, batch, tokens):
     encoded = model.apply({"params": params}, framed(passage, tokens), method="encode")
     at = batch["place"][:, None] + 1
     features = model.apply({"params": params}, encoded, at, method="guess")
-    return _guesses(model, params, features, batch)
+    return _guesses(model, params, features, batch, _bias(model, params))
 
 
 def permuted(model, params, batch, tokens):
@@ -194,7 +195,7 @@ def permuted(model, params, batch, tokens):
         places=at,
         method="features",
     )
-    return _guesses(model, params, features, batch)
+    return _guesses(model, params, features, batch, _bias(model, params))
 
 
 def causal(model, params, batch, tokens):
@@ -221,16 +222,13 @@ def restored(model, params, batch, tokens):
 
 
 def gap_filled(model, params, batch, tokens):
-    """T5: the word by itself, written after reading the text with a sentinel."""
+    """T5: the word that it writes behind the sentinel in the place of the hidden one. What would
+    follow does not count: in training that is never the end, but the next span's sentinel."""
     gap = filled(batch, jnp.full_like(batch["place"], tokens.sentinel))
     inputs = jnp.pad(gap, ((0, 0), (0, 1)), constant_values=tokens.eos)
-    around = ((0, 0), (tokens.sentinel, tokens.eos))
-
-    def score(words):
-        targets = jnp.pad(words[:, None], ((0, 0), (1, 1)), constant_values=around)
-        return _written(model, params, inputs, targets, start=0)
-
-    return _of_each_candidate(score, batch)
+    before = jnp.tile(jnp.array([0, tokens.sentinel]), (len(gap), 1))
+    features = model.apply({"params": params}, inputs, before, method="features")
+    return _guesses(model, params, features[:, 1:], batch)
 
 
 def filled(batch: Batch, words: Int[Array, " B"]) -> Int[Array, "B T"]:
@@ -244,11 +242,16 @@ def framed(text: Int[Array, "B T"], tokens: SpecialTokens) -> Int[Array, "B T+2"
     return jnp.pad(text, ((0, 0), (1, 1)), constant_values=((0, 0), (tokens.bos, tokens.eos)))
 
 
-def _guesses(model, params, features: Float[Array, "B 1 D"], batch) -> Float[Array, "B C"]:
+def _guesses(
+    model, params, features: Float[Array, "B 1 D"], batch, bias: Float[Array, " V"] | float = 0.0
+) -> Float[Array, "B C"]:
     matrix = model.apply({"params": params}, method="output_matrix")
-    bias = model.apply({"params": params}, method="vocabulary_bias")
     logits = all_logits(features, matrix)[:, 0] + bias
     return jnp.take_along_axis(jax.nn.log_softmax(logits), batch["candidates"], 1)
+
+
+def _bias(model, params) -> Float[Array, " V"]:
+    return model.apply({"params": params}, method="vocabulary_bias")
 
 
 def _of_each_candidate(score: Callable, batch: Batch) -> Float[Array, "B C"]:

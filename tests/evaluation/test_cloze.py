@@ -131,9 +131,7 @@ def plain(model_type, model, params, passage, place, word) -> float:
             found = logs([BOS, *before, MASK, *after, EOS], [EOS, *targets[:-1]])
             return sum(found[i, token] for i, token in enumerate(targets))
         case "t5":
-            targets = [SENTINEL, word, EOS]
-            found = logs([*before, SENTINEL, *after, EOS], [0, *targets[:-1]])
-            return sum(found[i, token] for i, token in enumerate(targets))
+            return logs([*before, SENTINEL, *after, EOS], [0, SENTINEL])[1, word]
 
 
 @pytest.mark.parametrize("model_type", MODELS)
