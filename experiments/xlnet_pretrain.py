@@ -157,7 +157,8 @@ def memories(
     settings: XLNetPretrain, params, batches: Sequence[Batch]
 ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Each held-out batch, and what the model remembers when it comes to it."""
-    task = settings.task()
+    # Of several processes each has its part of the rows.
+    task = dataclasses.replace(settings, batch=len(batches[0]["inputs"])).task()
     evaluate = jax.jit(task.evaluate)
     extra = jax.jit(lambda: task.init(jax.random.key(0)).extra)()
     for batch in batches:
