@@ -11,7 +11,7 @@ Generation, Translation, and Comprehension".
     python -m experiments.bart_pretrain --preset base --data.tokenizer bart-base/
         --data.files '~/openwebtext/*.jsonl.gz' --workdir /data/bart-base
 
-The first trains `mini` on the documentation installed on this machine: about five minutes on two
+The first trains `mini` on the documentation installed on this machine: about four minutes on two
 CPU cores; then it restores a few held-out texts. The same command, run again, continues the run in
 --workdir.
 
