@@ -6,13 +6,14 @@ R pixels a side of a picture, P pixels a side of a patch of it.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.sharding.partition import partition
@@ -102,9 +103,10 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
     Outside a mesh that divides any of them this does nothing.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    spec = partition(axes, x.shape, nn.get_logical_axis_rules(), mesh.shape)
-    return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x
+    parts = division(axes, x.shape)
+    if not any(parts):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(part or None for part in parts)))
 
 
 @jax.custom_vjp
@@ -160,10 +162,20 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "*rows"]) -> Float[Arr
     return table[tokens]
 
 
-def parallel_devices() -> int:
-    """Over how many devices the compiler divides arrays: those of the mesh set, if one is."""
+def parallel_devices(axes: Sequence[str] | None = None) -> int:
+    """Over how many devices the compiler divides arrays along these axes of the mesh set; by
+    default along all of them, and 1 where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis not in mesh.manual_axes)
+    if axes is None:
+        axes = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def division(axes: Sequence[str | None], shape: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+    """The axes of the mesh set that divide each axis of an array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = partition(axes, shape, nn.get_logical_axis_rules(), mesh.shape)
+    return tuple((part,) if isinstance(part, str) else part or () for part in spec)
 
 
 def unboxed(variables) -> tuple[dict, dict]:

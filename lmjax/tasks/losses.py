@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lmjax.models.layers import parallel_devices
+from lmjax.models.layers import division, parallel_devices
 from lmjax.tasks.task import Batch, Scalars
 
 
@@ -57,8 +58,7 @@ def cross_entropy(
             gradient. All V rows by default.
         chunk_bytes: float32 logits to hold at a time, per device where a mesh is set. By default
             as many as take the space of the matrix gradient, which keeps adding the gradients of
-            chunks cheap beside computing them. It changes speed and memory, not the result. Where
-            the batch is sharded, every chunk sums the matrix gradient over devices: take more.
+            chunks cheap beside computing them. It changes speed and memory, not the result.
 
     Returns:
         The sum of the losses, differentiable with respect to `features`, `matrix` and `bias`, and
@@ -150,7 +150,12 @@ def _cross_entropy(features, matrix, bias, targets, weights, settings: _Settings
 
 
 def _forward(features, matrix, bias, targets, weights, settings: _Settings):
-    """The sums, and as residuals the gradients of the loss, complete but for its cotangent."""
+    """The sums, and as residuals the gradients of the loss, complete but for its cotangent.
+
+    Where the batch is divided into G parts, each adds up a gradient of its own for the matrix, so
+    that these are summed over devices once and not with every chunk.
+    """
+    axes = _axes_of_parts(*features.shape[:2], matrix.shape)
 
     def add(carry, chunk):
         sums, matrix_gradient, bias_gradient = carry
@@ -158,18 +163,57 @@ def _forward(features, matrix, bias, targets, weights, settings: _Settings):
         logits, log_z, own = _chunk_sums(x, matrix, bias, targets, weights, settings)
         logits_gradient = _logits_gradient(logits, log_z, targets, weights, settings)
         if bias is not None:
-            bias_gradient += logits_gradient.sum(0)
+            bias_gradient += _by_part(logits_gradient, axes).sum(1)
         logits_gradient = logits_gradient.astype(x.dtype)
         x_gradient = _product(logits_gradient, matrix, 1, 0).astype(x.dtype)
-        matrix_gradient += _product(logits_gradient, x, 0, 0)
+        matrix_gradient += _product_by_part(logits_gradient, x, axes)
         return (jax.tree.map(jnp.add, sums, own), matrix_gradient, bias_gradient), x_gradient
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (matrix, bias))
-    start = (_zero_sums(), *zeros)
+    zeros = jax.tree.map(
+        lambda x: _divided(jnp.zeros((parallel_devices(axes), *x.shape), jnp.float32), axes),
+        (matrix, bias),
+    )
     chunks = _split((features, targets, weights), settings.chunks)
-    (sums, matrix_gradient, bias_gradient), gradients = jax.lax.scan(add, start, chunks)
+    (sums, *own), gradients = jax.lax.scan(add, (_zero_sums(), *zeros), chunks)
+    matrix_gradient, bias_gradient = jax.tree.map(lambda x: x.sum(0), own)
     gradients = _join(gradients, features.shape)
     return sums, (gradients, matrix_gradient.astype(matrix.dtype), bias_gradient)
+
+
+def _axes_of_parts(batch: int, length: int, matrix_shape: tuple[int, int]) -> tuple[str, ...]:
+    """The axes of the mesh along which parts of the batch have matrix gradients of their own.
+
+    Along an axis that divides the matrix that takes the whole of it on each device, once. If it
+    divides the rows, and these are more than there are tokens, bringing all tokens to each part is
+    cheaper, which is what the compiler does by itself.
+    """
+    (axes,) = division(("batch",), (batch,))
+    rows, _ = division(("vocab", "embed"), matrix_shape)
+    if matrix_shape[0] <= batch * length:
+        return axes
+    return tuple(axis for axis in axes if axis not in rows)
+
+
+def _product_by_part(a, b, axes: tuple[str, ...]):
+    """[R, V], [R, D] -> [G, V, D], accumulated in float32."""
+    if not axes:
+        return _product(a, b, 0, 0)[None]
+    parts = _by_part(a, axes), _by_part(b, axes)
+    return jnp.einsum("grv,grd->gvd", *parts, preferred_element_type=jnp.float32)
+
+
+def _by_part(x, axes: tuple[str, ...]):
+    """[R, ...] -> [G, R / G, ...], each part of the batch by itself."""
+    parts = parallel_devices(axes)
+    return _divided(x.reshape(parts, -1, *x.shape[1:]), axes)
+
+
+def _divided(x, axes: tuple[str, ...]):
+    """An array [G, ...] whose first axis is divided along these of the mesh."""
+    if not axes:
+        return x
+    however = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *however))
 
 
 def _backward(settings: _Settings, gradients, cotangents):

@@ -1,0 +1,28 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sharding.chunked import FEW_ROWS, LAYOUTS, MANY_ROWS, D
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results():
+    command = [sys.executable, "-m", "tests.sharding.chunked"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("rows", [FEW_ROWS, MANY_ROWS])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_chunks_give_what_one_device_gives_and_no_gradient_is_sent_for_each(results, name, rows):
+    found = results[str(rows)][name]
+    assert max(found["errors"]) < 2e-6
+    # A ring sends 7/8 of an array to gather it, and twice that to sum it: the matrix is gathered
+    # and its gradient summed once at most, and all else is small beside that.
+    assert found["sent"] < 1.1 * 7 / 8 * 3 * (4 * rows * D)
