@@ -14,6 +14,7 @@ before one is read wrong (--corruption), without which it takes twice as many st
 caption says; the paper, with millions of pictures, has nothing of the kind. Then it draws:
 samples.png in the workdir has captions beside their pictures, and for 64 captions of each language,
 each drawn once, it says how often the drawing is nearer to its own original than to the 63 others.
+TensorBoard has drawings from every evaluation on the way, unless several processes train.
 
 `paper` is the 12-billion-parameter model with the paper's recipe: 430,000 steps of 1,024 pictures
 of 32 x 32 codes, AdamW with betas 0.9 and 0.96 and decay 0.045, clipping at 4, a rate of 4.5e-4
@@ -22,7 +23,9 @@ with --init), a moving average of the weights with decay 0.99 every 25 steps. `c
 `korean-coco` are models of a 120th of its size for MS-COCO 2014; the recipe is ours.
 """
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +39,7 @@ from lmjax.data.captions import CaptionedPictureData, CaptionEncoder, in_languag
 from lmjax.data.code_store import CodeStore, build_code_store
 from lmjax.data.picture_batches import PictureBatches
 from lmjax.data.pictures import Pictures, open_pictures
-from lmjax.data.pixels import middle_crop, read_picture, transformer_crop
+from lmjax.data.pixels import UnreadablePicture, middle_crop, read_picture, transformer_crop
 from lmjax.decoding.pictures import draw
 from lmjax.decoding.sampling import Sampling
 from lmjax.evaluation.pictures import as_bytes, nearest, save_sheet, sheet
@@ -49,7 +52,7 @@ from lmjax.tasks.gradient_scaling import GradientScaling
 from lmjax.tasks.task import as_floats
 from lmjax.tasks.text_to_image import TextToImage
 from lmjax.training.execution import ExecutionOptions
-from lmjax.training.fit import FitOptions
+from lmjax.training.fit import FitOptions, Watch
 from lmjax.training.optimizers import AdamW
 from lmjax.training.schedules import Constant, Cosine
 
@@ -235,13 +238,17 @@ def main() -> None:
     pretrain(settings, PRESETS, "dalle_train", show_drawings, watch_drawings)
 
 
-def watch_drawings(settings: DALLETrain, model: DALLE, data: PictureBatches):
-    """The maker of a small sheet of drawings, for TensorBoard."""
-    easel, train = Easel(settings, model, data.tokenizer), open_pictures(settings.data)["train"]
+def watch_drawings(settings: DALLETrain, model: DALLE, data: PictureBatches) -> Watch:
+    """What makes a small sheet of drawings."""
+
+    @functools.cache
+    def prepared():
+        return Easel(settings, model, data.tokenizer), open_pictures(settings.data)["train"]
 
     def watch(params):
-        rows = sample_rows(easel, params, train, settings.languages, WATCHED)
-        return {"samples": sheet(rows, COLUMNS)}
+        easel, pictures = prepared()
+        rows = sample_rows(easel, params, pictures, settings.languages, WATCHED)
+        return {"samples": sheet(rows, COLUMNS)} if rows else {}
 
     return watch
 
@@ -251,18 +258,19 @@ def show_drawings(
 ) -> None:
     """Draws captions of training and held-out pictures, and says how well they are told apart."""
     easel, splits = Easel(settings, model, data.tokenizer), open_pictures(settings.data)
-    rows = sample_rows(easel, params, splits["train"], settings.languages, SHOWN)
-    for caption, pictures in sample_rows(
-        easel, params, splits["validation"], settings.languages, SHOWN
-    ):
-        rows.append((f"{caption} (held out)", pictures))
+    rows = []
+    for split, about in (("train", ""), ("validation", " (held out)")):
+        drawn = sample_rows(easel, params, splits[split], settings.languages, SHOWN)
+        rows += [(caption + about, pictures) for caption, pictures in drawn]
     path = save_sheet(sheet(rows, COLUMNS), settings.workdir, "samples", settings.steps)
     for split, about in (("train", "captions it was trained on"), ("validation", "held-out ones")):
         for language in settings.languages:
-            some = captioned(splits[split], language, JUDGED, seed=0)
-            drawn = easel.draw(params, [caption for caption, _ in some])[:, 0]
-            originals = easel.originals(splits[split], [index for _, index in some])
-            right = (nearest(drawn, originals) == np.arange(len(some))).mean()
+            some = captioned(easel, splits[split], language, JUDGED, seed=0)
+            if not some:
+                continue
+            captions, originals = zip(*some, strict=True)
+            drawn = easel.draw(params, captions)[:, 0]
+            right = (nearest(drawn, np.stack(originals)) == np.arange(len(some))).mean()
             console.print(
                 f"{len(some)} {about}, {language}: the drawing is nearest to its own original in"
                 f" {right:.0%} of cases (chance: {1 / len(some):.1%})"
@@ -273,21 +281,31 @@ def show_drawings(
 def sample_rows(
     easel: "Easel", params, pictures: Pictures, languages: Sequence[str], count: int
 ) -> list[tuple[str, list[np.ndarray]]]:
-    """(a caption, its original and drawings of it): `count` for each language."""
-    some = [pair for name in languages for pair in captioned(pictures, name, count, seed=1)]
+    """(a caption, its original and drawings of it): `count` for each language that has some."""
+    some = [pair for name in languages for pair in captioned(easel, pictures, name, count, seed=1)]
+    if not some:
+        return []
     drawn = easel.draw(params, [caption for caption, _ in some], samples=SAMPLES)
-    originals = easel.originals(pictures, [index for _, index in some])
     return [
         (caption, [original, *samples])
-        for (caption, _), original, samples in zip(some, originals, drawn, strict=True)
+        for (caption, original), samples in zip(some, drawn, strict=True)
     ]
 
 
-def captioned(pictures: Pictures, language: str, count: int, seed: int) -> list[tuple[str, int]]:
-    """(a caption, its picture) for some of those that have one in this language."""
+def captioned(
+    easel: "Easel", pictures: Pictures, language: str, count: int, seed: int
+) -> list[tuple[str, np.ndarray]]:
+    """(a caption, its picture) for some that have one in this language and can be read; training
+    has left the others out, or refused them."""
     having = [i for i, all in enumerate(pictures.captions) if in_language(all, language)]
-    chosen = np.random.default_rng(seed).permutation(having)[:count]
-    return [(pictures.captions[i][language][0], int(i)) for i in chosen]
+    found = []
+    for index in np.random.default_rng(seed).permutation(having).astype(int):
+        if len(found) == count:
+            break
+        with contextlib.suppress(UnreadablePicture):
+            picture = easel.read(pictures.file(index))
+            found.append((pictures.captions[index][language][0], picture))
+    return found
 
 
 class Easel:
@@ -333,10 +351,6 @@ class Easel:
             {"params": self._dvae_params}, as_floats(picture[None]), method="encode"
         )
         return np.asarray(codes_of(logits)).reshape(-1)
-
-    def originals(self, pictures: Pictures, indices: Sequence[int]) -> np.ndarray:
-        """uint8 [indices, R, R, 3]"""
-        return np.stack([self.read(pictures.file(index)) for index in indices])
 
     def read(self, file: Path | bytes) -> np.ndarray:
         """uint8 [R, R, 3]: the middle of a picture."""

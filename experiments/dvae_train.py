@@ -10,7 +10,8 @@ Paper: Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", sections 2.1 an
 The first trains `emoji` on 3,792 emoji of 64 x 64 pixels, which become 8 x 8 of 512 codes: about
 six and a half minutes on two CPU cores. reconstructions.png in the workdir then shows held-out
 emoji beside what is left of them after going through their codes, and codes.png how often each code
-is used. --model.nearest makes a VQ-VAE of the same network.
+is used; TensorBoard has such reconstructions from every evaluation on the way. --model.nearest
+makes a VQ-VAE of the same network.
 
 `paper` is the published model with the paper's recipe: 3,000,000 steps of 512 pictures of 256 x 256
 pixels; the weight of the KL divergence rises to 6.6 in 5,000 steps, the temperature falls to 1/16
@@ -39,7 +40,7 @@ from lmjax.pretraining import PictureRun, optimizer_choices, pretrain
 from lmjax.tasks.dvae import Autoencoding, GumbelSoftmax, HalfCosine, Nearest
 from lmjax.tasks.task import as_floats
 from lmjax.training.execution import ExecutionOptions
-from lmjax.training.fit import FitOptions
+from lmjax.training.fit import FitOptions, Watch
 from lmjax.training.optimizers import AdamW
 from lmjax.training.schedules import Cosine
 
@@ -113,9 +114,11 @@ def main() -> None:
     pretrain(settings, PRESETS, "dvae_train", show_reconstructions, watch_reconstructions)
 
 
-def watch_reconstructions(settings: DVAETrain, model: DVAE, data: PictureBatches):
-    """The maker of a sheet of held-out pictures and what is left of them, for TensorBoard."""
-    rebuild, pictures = through_codes(model), data.evaluation[0]["pictures"]
+def watch_reconstructions(settings: DVAETrain, model: DVAE, data: PictureBatches) -> Watch:
+    """What makes a sheet of held-out pictures and what their codes give back."""
+    del settings
+    rebuild, batch = through_codes(model), data.evaluation[0]
+    pictures = batch["pictures"][batch["loss_weights"] > 0]
 
     def watch(params):
         _, again = rebuild(params, pictures)
@@ -129,17 +132,17 @@ def show_reconstructions(
 ) -> None:
     """Draws held-out pictures beside their reconstructions, and the use of the codes."""
     rebuild = through_codes(model)
-    pictures, found, again = [], [], []
+    decibels, found, pictures, again = [], [], [], []
     for batch in data.evaluation:
         real = batch["loss_weights"] > 0
         codes, rebuilt = rebuild(params, batch["pictures"])
-        pictures.append(batch["pictures"][real])
+        errors = (batch["pictures"][real] / 255 - rebuilt[real] / 255) ** 2
+        decibels += list(-10 * np.log10(np.maximum(errors.mean((1, 2, 3)), 1e-6)))
         found.append(codes[real])
+        pictures.append(batch["pictures"][real])
         again.append(rebuilt[real])
-    pictures, again = np.concatenate(pictures), np.concatenate(again)
-    errors = ((pictures / 255 - again / 255) ** 2).mean((1, 2, 3))
-    decibels = -10 * np.log10(np.maximum(errors, 1e-6))
-    save_sheet(beside(pictures, again), settings.workdir, "reconstructions", settings.steps)
+    image = beside(np.concatenate(pictures), np.concatenate(again))
+    save_sheet(image, settings.workdir, "reconstructions", settings.steps)
     counts = np.bincount(np.concatenate(found).reshape(-1), minlength=settings.model.codes)
     draw_use(counts, settings.workdir / "codes.png")
     frequencies = counts[counts > 0] / counts.sum()
@@ -167,7 +170,7 @@ def through_codes(model: DVAE):
 
 
 def beside(pictures: np.ndarray, again: np.ndarray) -> Image:
-    """A sheet of some of them."""
+    """A sheet of some pictures, with what their codes give back below them."""
     some = slice(0, None, max(1, len(pictures) // SHOWN))
     rows = [("pictures", pictures[some][:SHOWN]), ("from codes", again[some][:SHOWN])]
     return sheet(rows)

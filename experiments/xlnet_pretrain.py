@@ -158,7 +158,7 @@ def memories(
 ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Each held-out batch, and what the model remembers when it comes to it."""
     # Of several processes each has its part of the rows.
-    task = dataclasses.replace(settings, batch=len(batches[0]["inputs"])).task()
+    task = dataclasses.replace(settings.task(), rows=len(batches[0]["inputs"]))
     evaluate = jax.jit(task.evaluate)
     extra = jax.jit(lambda: task.init(jax.random.key(0)).extra)()
     for batch in batches:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import jax
-from PIL.Image import Image
 from rich.console import Console
 from rich.markup import escape
 
@@ -23,12 +22,13 @@ from lmjax.data.text import Text, TokenizedText, read_text
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.loading import TOKENIZER, Description, describe
 from lmjax.sharding import multihost
+from lmjax.sharding.hardware import device_memory
 from lmjax.sharding.multihost import Distributed
 from lmjax.sharding.strategies import MeshOptions, StrategyName
 from lmjax.tasks.task import Task, Workload
 from lmjax.training.compression import PowerSGD
 from lmjax.training.execution import ExecutionOptions
-from lmjax.training.fit import FitOptions, Fitted, fit
+from lmjax.training.fit import FitOptions, Fitted, Watch, fit
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.schedules import Constant, Cosine, InverseSquareRoot, Linear
 from lmjax.training.state import Averaging
@@ -226,7 +226,7 @@ def pretrain(
     presets: Mapping[str, Run],
     experiment: str,
     show: Callable[[Any, Any, Any, Any, Console], None],
-    watch: Callable[[Any, Any, Any], Callable[[Any], Mapping[str, Image]]] | None = None,
+    watch: Callable[[Any, Any, Any], Watch] | None = None,
 ) -> Fitted:
     """Trains, or goes on training, and shows what was learned.
 
@@ -234,8 +234,8 @@ def pretrain(
         presets: the experiment's; `--init` brings a model of its own unless the settings ask for
             one that is in none of them.
         experiment: its name, for config.json.
-        show: (settings, model, parameters, data, console), called when the last step is done, in
-            the first process.
+        show: (settings, model, parameters, data, console), called when the last step is done: in
+            the first process, with its rows of the held-out batches, if the model fits there.
         watch: (settings, model, data) -> what `fit` calls `watch`; not with several processes, of
             which none has all parameters while they train.
     """
@@ -279,11 +279,23 @@ def pretrain(
         files={} if data.tokenizer is None else {TOKENIZER: data.tokenizer.model},
     )
     if not fitted.interrupted:
-        params = multihost.on_one_device(fitted.state.evaluated)
+        params = fitted.state.evaluated
+        if jax.process_count() > 1 and not has_room(jax.local_devices()[0], params):
+            console.print(
+                "What was learned is not shown: the model does not fit on one device of this run."
+            )
+            return fitted
+        params = multihost.on_first_process(params)
         if jax.process_index() == 0:
             show(settings, task.model, params, data, console)
         multihost.barrier("what was learned", timeout=24 * 3_600)
     return fitted
+
+
+def has_room(device: jax.Device, params: Any) -> bool:
+    """Whether a device can hold all parameters, and as much again to compute with them."""
+    memory = device_memory(device)
+    return memory is None or 2 * sum(x.nbytes for x in jax.tree.leaves(params)) <= memory
 
 
 def model_of(start: Description, settings: Run, presets: Mapping[str, Run]) -> Any:

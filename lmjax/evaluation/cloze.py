@@ -223,7 +223,8 @@ def restored(model, params, batch, tokens):
 
 def gap_filled(model, params, batch, tokens):
     """T5: the word that it writes behind the sentinel in the place of the hidden one. What would
-    follow does not count: in training that is never the end, but the next span's sentinel."""
+    follow does not count: in training a gap with text after it is followed by the next one's
+    sentinel, never by the end, whereas here nothing else is hidden."""
     gap = filled(batch, jnp.full_like(batch["place"], tokens.sentinel))
     inputs = jnp.pad(gap, ((0, 0), (0, 1)), constant_values=tokens.eos)
     before = jnp.tile(jnp.array([0, tokens.sentinel]), (len(gap), 1))

@@ -74,7 +74,8 @@ class BertConfig:
     """After the embeddings, on attention weights, and after sublayers."""
     norm_epsilon: float = 1e-12
     init_scale: float = 0.02
-    """Standard deviation of weights before training; narrow models learn faster with more."""
+    """Standard deviation of weights before training, and before they are cut off at two of them;
+    narrow models learn faster with more."""
 
     def __post_init__(self):
         sizes = ("vocab", "positions", "token_types", "layers", "width", "heads", "feed_forward")

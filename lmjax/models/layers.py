@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from lmjax.sharding.partition import partition
+from lmjax.sharding.partition import divided_by
 
 REMAT_POLICIES = {
     "none": None,
@@ -103,9 +103,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
     Outside a mesh that divides any of them this does nothing.
     """
+    return _divided(x, axes) if any(division(axes, x.shape)) else x
+
+
+def _divided(x: Array, axes: Sequence[str | None]) -> Array:
     parts = division(axes, x.shape)
-    if not any(parts):
-        return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(part or None for part in parts)))
 
 
@@ -154,11 +156,8 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "*rows"]) -> Float[Arr
     A device that holds a part of the width and some of the batch would otherwise need either all of
     the batch or all of the result.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     if parallel_devices() > 1:
-        axes = ("activation_vocab", None)
-        spec = partition(axes, table.shape, nn.get_logical_axis_rules(), mesh.shape)
-        table = jax.lax.with_sharding_constraint(table, spec)
+        table = _divided(table, ("activation_vocab", None))
     return table[tokens]
 
 
@@ -174,8 +173,7 @@ def parallel_devices(axes: Sequence[str] | None = None) -> int:
 def division(axes: Sequence[str | None], shape: Sequence[int]) -> tuple[tuple[str, ...], ...]:
     """The axes of the mesh set that divide each axis of an array."""
     mesh = jax.sharding.get_abstract_mesh()
-    spec = partition(axes, shape, nn.get_logical_axis_rules(), mesh.shape)
-    return tuple((part,) if isinstance(part, str) else part or () for part in spec)
+    return divided_by(axes, shape, nn.get_logical_axis_rules(), mesh.shape)
 
 
 def unboxed(variables) -> tuple[dict, dict]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 _uses = itertools.count()  # makes every key of a run new; processes count alike
 
@@ -303,14 +304,18 @@ def first_process_first(name: str, timeout: int = 300) -> Iterator[None]:
         yield
 
 
-def on_one_device(params: Any) -> Any:
-    """Arrays of all processes' devices, whole on one device of each process; others as they are."""
+def on_first_process(tree: Any) -> Any:
+    """Arrays of all processes' devices, each whole on one device of the first process, and None in
+    the others; of a single process as they are."""
     if jax.process_count() == 1:
-        return params
-    from jax.experimental import multihost_utils
+        return tree
 
-    whole = multihost_utils.process_allgather(params, tiled=True)
-    return jax.device_put(whole, jax.local_devices()[0])
+    def whole(x: jax.Array) -> jax.Array | None:
+        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+        x = jax.jit(lambda x: x, out_shardings=everywhere)(x)
+        return x.addressable_data(0) if jax.process_index() == 0 else None
+
+    return jax.tree.map(whole, tree)
 
 
 class StopTogether:

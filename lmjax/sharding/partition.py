@@ -31,6 +31,14 @@ def partition(
     axes: Axes, shape: Sequence[int], rules: Rules, mesh_shape: Mapping[str, int]
 ) -> PartitionSpec:
     """The division of an array, axis by axis."""
+    parts = divided_by(axes, shape, rules, mesh_shape)
+    return PartitionSpec(*(part or None for part in parts))
+
+
+def divided_by(
+    axes: Axes, shape: Sequence[int], rules: Rules, mesh_shape: Mapping[str, int]
+) -> tuple[tuple[str, ...], ...]:
+    """The axes of the mesh that divide each axis of an array."""
     return _apply(axes, shape, rules, mesh_shape)[0]
 
 
@@ -41,7 +49,7 @@ def fallbacks(
     return _apply(axes, shape, rules, mesh_shape)[1]
 
 
-def _apply(axes, shape, rules, mesh_shape) -> tuple[PartitionSpec, list[Fallback]]:
+def _apply(axes, shape, rules, mesh_shape) -> tuple[tuple[tuple[str, ...], ...], list[Fallback]]:
     parts: list[tuple[str, ...]] = [()] * len(axes)
     missed: dict[str, tuple[str, int]] = {}  # mesh axis -> the first array axis it does not divide
     taken: dict[str, str] = {}  # mesh axis -> the array axis it divides
@@ -56,7 +64,7 @@ def _apply(axes, shape, rules, mesh_shape) -> tuple[PartitionSpec, list[Fallback
             continue
         parts[place] += (mesh_axis,)
         taken[mesh_axis] = axis
-    return PartitionSpec(*(part or None for part in parts)), [
+    return tuple(parts), [
         Fallback(axis, length, mesh_axis, mesh_shape[mesh_axis], taken.get(mesh_axis))
         for mesh_axis, (axis, length) in missed.items()
     ]

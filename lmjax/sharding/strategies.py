@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from lmjax.sharding.partition import Axes, Rules, partition
+from lmjax.sharding.partition import Axes, Rules, divided_by
 
 MESH_AXES = ("data", "fsdp", "model")
 SMALL = 2**13
@@ -194,9 +194,8 @@ def layer_size(axes: Axes, shape: Sequence[int]) -> int:
 def _divides(rules: Rules, p: Large, mesh_axis: str, devices: int, model: int = 1) -> bool:
     """Whether a parameter divides well along this axis of a mesh, beside `model`."""
     shape = {"model": model, mesh_axis: devices}
-    spec = partition(p.axes, p.shape, rules, shape)
-    for length, part in zip(p.shape, spec, strict=True):
-        names = (part,) if isinstance(part, str) else part or ()
+    parts = divided_by(p.axes, p.shape, rules, shape)
+    for length, names in zip(p.shape, parts, strict=True):
         if mesh_axis in names:
             return length // math.prod(shape[name] for name in names) >= NARROWEST
     return devices == 1

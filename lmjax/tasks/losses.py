@@ -58,7 +58,8 @@ def cross_entropy(
             gradient. All V rows by default.
         chunk_bytes: float32 logits to hold at a time, per device where a mesh is set. By default
             as many as take the space of the matrix gradient, which keeps adding the gradients of
-            chunks cheap beside computing them. It changes speed and memory, not the result.
+            chunks cheap beside computing them. It changes speed and memory, not the result. Where
+            the batch is divided, each device has a float32 gradient of the matrix of its own too.
 
     Returns:
         The sum of the losses, differentiable with respect to `features`, `matrix` and `bias`, and
@@ -174,8 +175,8 @@ def _forward(features, matrix, bias, targets, weights, settings: _Settings):
         (matrix, bias),
     )
     chunks = _split((features, targets, weights), settings.chunks)
-    (sums, *own), gradients = jax.lax.scan(add, (_zero_sums(), *zeros), chunks)
-    matrix_gradient, bias_gradient = jax.tree.map(lambda x: x.sum(0), own)
+    (sums, *of_parts), gradients = jax.lax.scan(add, (_zero_sums(), *zeros), chunks)
+    matrix_gradient, bias_gradient = jax.tree.map(lambda x: x.sum(0), of_parts)
     gradients = _join(gradients, features.shape)
     return sums, (gradients, matrix_gradient.astype(matrix.dtype), bias_gradient)
 
@@ -183,9 +184,9 @@ def _forward(features, matrix, bias, targets, weights, settings: _Settings):
 def _axes_of_parts(batch: int, length: int, matrix_shape: tuple[int, int]) -> tuple[str, ...]:
     """The axes of the mesh along which parts of the batch have matrix gradients of their own.
 
-    Along an axis that divides the matrix that takes the whole of it on each device, once. If it
-    divides the rows, and these are more than there are tokens, bringing all tokens to each part is
-    cheaper, which is what the compiler does by itself.
+    Parts along an axis that divides the matrix too cost each device a whole gradient of it. Where
+    the axis divides the rows, and these are more than there are tokens, it is cheaper to bring all
+    tokens to each part of the matrix, which the compiler does by itself: such axes are left out.
     """
     (axes,) = division(("batch",), (batch,))
     rows, _ = division(("vocab", "embed"), matrix_shape)
@@ -196,7 +197,7 @@ def _axes_of_parts(batch: int, length: int, matrix_shape: tuple[int, int]) -> tu
 
 def _product_by_part(a, b, axes: tuple[str, ...]):
     """[R, V], [R, D] -> [G, V, D], accumulated in float32."""
-    if not axes:
+    if not axes:  # as ever: with an axis G of 1 the compiler divides it otherwise, and worse
         return _product(a, b, 0, 0)[None]
     parts = _by_part(a, axes), _by_part(b, axes)
     return jnp.einsum("grv,grd->gvd", *parts, preferred_element_type=jnp.float32)
@@ -212,8 +213,8 @@ def _divided(x, axes: tuple[str, ...]):
     """An array [G, ...] whose first axis is divided along these of the mesh."""
     if not axes:
         return x
-    however = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *however))
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *others))
 
 
 def _backward(settings: _Settings, gradients, cotangents):

@@ -82,6 +82,10 @@ class FitOptions:
             raise ValueError(f"nonfinite is {self.nonfinite!r}, not 'stop' or 'skip'")
 
 
+Watch = Callable[[Params], Mapping[str, Image]]
+"""Makes pictures, by their names, of what parameters can do by now."""
+
+
 class Fitted(NamedTuple):
     """The state at the end, and whether a signal ended the run before its last step."""
 
@@ -109,7 +113,7 @@ def fit(
     identity: Mapping[str, Any],
     runtime: FitOptions = FitOptions(),  # noqa: B008 (it is frozen)
     evaluation: Sequence[Mapping[str, np.ndarray]] = (),
-    watch: Callable[[Params], Mapping[str, Image]] | None = None,
+    watch: Watch | None = None,
     averaging: Averaging | None = None,
     compression: PowerSGD | None = None,
     init: Callable[[], Params] | None = None,
@@ -383,7 +387,7 @@ class Loop:
     step: jax.stages.Compiled
     feed: Feed
     evaluate: Evaluator | None
-    watch: Callable[[Params], Mapping[str, Image]] | None
+    watch: Watch | None
     checkpoints: Checkpoints
     reporter: Reporter
     guard: Guard

@@ -151,8 +151,8 @@ class Reporter:
             yield
         except OSError as error:
             raise CheckpointError(
-                f"{self.workdir / METRICS} could not be written ({error.strerror}): make room and"
-                " run the same command again"
+                f"{METRICS} and {EVENTS} in {self.workdir} could not be written"
+                f" ({error.strerror}): make room and run the same command again"
             ) from error
 
     def _show(self, step: int, line: Mapping[str, float]) -> None:

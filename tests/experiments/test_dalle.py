@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import socket
 import struct
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from tensorboardX.proto import event_pb2
 import lmjax
 from tests.experiments.conftest import ROOT, environment
 from tests.experiments.test_t5_pretrain import held_out
+from tests.sharding.test_multihost import free_port
 
 DVAE = """--model.size 16 --model.codes 32 --model.width 16 --model.code-width 16 --model.patch 4
 --model.blocks 1 --batch 16 --eval-batches 2 --fit.eval-every 20""".split()
@@ -64,11 +64,14 @@ def test_captions_to_pictures(run, stages):
 
 def test_of_two_processes_one_shows_what_both_have_learned(cache, stages, tmp_path):
     """Each has a part of the parameters, and reads the dVAE for itself."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     command = [sys.executable, "-m", "experiments.dalle_train", *DALLE, "--steps", "2"]
     command += ["--dvae", stages / "dvae", "--workdir", tmp_path / "w", "--strategy", "fsdp"]
-    command += ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", "2"]
+    command += [
+        "--distributed.coordinator",
+        f"127.0.0.1:{free_port()}",
+        "--distributed.processes",
+        "2",
+    ]
     both = [
         subprocess.Popen(
             [*command, "--distributed.process", str(number)], cwd=ROOT, env=environment(cache),
@@ -76,7 +79,11 @@ def test_of_two_processes_one_shows_what_both_have_learned(cache, stages, tmp_pa
         )
         for number in range(2)
     ]  # fmt: skip
-    outputs = [process.communicate()[0] for process in both]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
     assert [process.returncode for process in both] == [0, 0], outputs
     assert [output.count("nearest to its own") for output in outputs] == [4, 0]
     assert pictures_shown(tmp_path / "w", "samples") == [2]

@@ -3,7 +3,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.models.layers import Execution, RMSNorm, attention, drop, stacked, unstacked
+from lmjax.interop import bart as interop_bart
+from lmjax.interop import bert as interop_bert
+from lmjax.interop import xlnet as interop_xlnet
+from lmjax.models.bart import Bart, BartConfig
+from lmjax.models.bert import Bert, BertConfig
+from lmjax.models.layers import (
+    Execution,
+    RMSNorm,
+    attention,
+    drop,
+    stacked,
+    unboxed,
+    unstacked,
+)
+from lmjax.models.xlnet import XLNet, XLNetConfig
 
 WHOLE, BLOCKED = Execution(), Execution(attention="blocked")
 
@@ -115,3 +129,19 @@ def test_stacked_inverts_unstacked():
 def test_execution_names_what_it_does_not_know(field):
     with pytest.raises(ValueError, match=f"{field} is 'float8', not one of"):
         Execution(**{field: "float8"})
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "interop", "cut"),
+    [(Bert, BertConfig, interop_bert, 0.88), (Bart, BartConfig, interop_bart, 1.0),
+     (XLNet, XLNetConfig, interop_xlnet, 1.0)],
+    ids=["BERT", "BART", "XLNet"],
+)  # fmt: skip
+def test_weights_begin_at_the_scale_of_their_config(model, config, interop, cut):
+    """A normal distribution cut off at twice its standard deviation has 0.88 of that."""
+    small = config(vocab=500, layers=1, width=64, heads=4, feed_forward=64, init_scale=0.06)
+    params, _ = unboxed(model(small).init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"])
+    assert params["embedding"].std() == pytest.approx(0.06 * cut, rel=0.02)
+    assert interop.config_from_json(interop.config_to_json(small)) == small
+    with pytest.raises(ValueError, match=f"{config.__name__}.init_scale is 0, not above 0"):
+        config(init_scale=0)
