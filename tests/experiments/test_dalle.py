@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 import lmjax
+from experiments.dalle_train import SAMPLES, sample_rows
+from lmjax.data.pixels import UnreadablePicture
 from tests.experiments.conftest import ROOT, environment
 from tests.experiments.test_t5_pretrain import held_out
 from tests.sharding.test_multihost import free_port
@@ -88,6 +91,24 @@ def test_of_two_processes_one_shows_what_both_have_learned(cache, stages, tmp_pa
     assert [output.count("nearest to its own") for output in outputs] == [4, 0]
     assert pictures_shown(tmp_path / "w", "samples") == [2]
     Image.open(tmp_path / "w" / "samples.png").verify()
+
+
+def test_what_cannot_be_read_or_has_no_caption_is_not_shown():
+    def read(file):
+        if file == 1:
+            raise UnreadablePicture("half a file")
+        return np.full((2, 2, 3), file)
+
+    easel = types.SimpleNamespace(
+        read=read, draw=lambda _, captions, samples: np.zeros((len(captions), samples, 2, 2, 3))
+    )
+    pictures = types.SimpleNamespace(
+        captions=[{"en": [name]} for name in "abc"], file=lambda index: index
+    )
+    rows = sample_rows(easel, None, pictures, ["en", "ko"], 3)
+    assert sorted((caption, row[0].max()) for caption, row in rows) == [("a", 0), ("c", 2)]
+    assert {len(row) for _, row in rows} == {1 + SAMPLES}
+    assert sample_rows(easel, None, pictures, ["ko"], 3) == []
 
 
 def pictures_shown(workdir, name) -> list[int]:
