@@ -26,6 +26,7 @@ from lmjax.sharding.hardware import device_memory
 from lmjax.sharding.multihost import Distributed
 from lmjax.sharding.strategies import MeshOptions, StrategyName
 from lmjax.tasks.task import Task, Workload
+from lmjax.training.checkpoints import as_json, changed_fields
 from lmjax.training.compression import PowerSGD
 from lmjax.training.execution import ExecutionOptions
 from lmjax.training.fit import FitOptions, Fitted, Watch, fit
@@ -242,6 +243,8 @@ def pretrain(
     if joined := multihost.start(settings.distributed):
         print(joined, flush=True)
     console = Console(quiet=jax.process_index() > 0)
+    command = {k: v for k, v in as_json(settings).items() if k != "distributed"}
+    multihost.agree("command", command, changed_fields, settings.distributed.timeout)
     start = None
     if settings.init is not None:
         start = describe(settings.init)
@@ -259,6 +262,7 @@ def pretrain(
     # Hosts may share a cache: the first one fills it.
     with multihost.first_process_first("data", timeout=24 * 3_600):
         data = settings.read(start, layout.share)
+    multihost.barrier("all data", timeout=24 * 3_600)  # which may have taken the others as long
     console.print(escape(data.summary), soft_wrap=True)
     fitted = fit(
         task,
@@ -280,7 +284,8 @@ def pretrain(
     )
     if not fitted.interrupted:
         params = fitted.state.evaluated
-        if jax.process_count() > 1 and not has_room(jax.local_devices()[0], params):
+        room = has_room(jax.local_devices()[0], params)
+        if jax.process_count() > 1 and not all(multihost.gather("room", room)):
             console.print(
                 "What was learned is not shown: the model does not fit on one device of this run."
             )

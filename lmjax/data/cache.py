@@ -66,12 +66,17 @@ def lock(path: str | os.PathLike) -> Iterator[None]:
     """Holds `path` against other processes on this machine; waits for whoever has it now.
 
     The lock is the kernel's (flock on `path` + ".lock"), so it ends with its process, even a killed
-    one. The empty lock file stays: removing it would let a third process lock a new one.
+    one. The empty lock file stays: removing it would let a third process lock a new one. A file
+    system without locks, as Lustre often is, is no reason to refuse.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
         yield
 
 

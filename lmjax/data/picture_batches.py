@@ -232,6 +232,8 @@ def read_pictures(
         "collate": stack,
     }
     ids = {"tokenizer": tokenizer.sha256, "language": data.language} if captions else {}
+    if encode is not None:  # the order of the rows depends on how many there are
+        ids["readable"] = len(train)
     fingerprint = splits["train"].fingerprint
     words = f" {tokenizer.vocab_size:,} token ids;" if captions else ""
     return PictureBatches(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import struct
 from collections.abc import Iterator
@@ -93,6 +94,10 @@ class Records:
         return open_tfds(self.directory, None, False)
 
     @property
+    def files(self) -> list[str]:
+        return [str(path) for path in self._builder.info.splits[self.split].filepaths]
+
+    @property
     def _is_tfrecord(self) -> bool:
         return self._builder.info.file_format.value == "tfrecord"
 
@@ -102,8 +107,7 @@ class Records:
 
     @functools.cached_property
     def _places(self) -> list[tuple[str, int, int]]:
-        paths = self._builder.info.splits[self.split].filepaths
-        return [(str(path), *place) for path in paths for place in tfrecord_places(Path(path))]
+        return [(path, *place) for path in self.files for place in tfrecord_places(Path(path))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,22 +140,29 @@ def tfrecord_places(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _split(builder, split: str, image: str, name: str) -> Pictures:
+    """The fingerprint is of what the records hold: TFDS writes them with their features in another
+    order each time it prepares them, so that their files have other hashes on each host."""
     records = Records(str(builder.data_path), split)
     keys = [key for key in CAPTION_KEYS if key in builder.info.features]
-    contents = content_hash(builder.info.splits[split].filepaths)
-    fingerprint = digest("TFDS pictures 1", image, keys, contents)
-    path = cache.cache_dir() / "captions" / f"{fingerprint[:32]}.json"
+    files = digest("TFDS pictures 2", image, keys, content_hash(records.files))
+    path = cache.cache_dir() / "captions" / f"{files[:32]}.json"
     with cache.lock(path):
         if not path.exists():
-            read = track(range(len(records)), f"reading captions of {name}", transient=True)
-            captions = [by_language(_texts(records[i], keys)) for i in read]
-            cache.atomic_write(path, json.dumps(captions).encode())
+            contents, captions = hashlib.sha256(), []
+            for i in track(range(len(records)), f"reading captions of {name}", transient=True):
+                record = records[i]
+                captions.append(by_language(_texts(record, keys)))
+                contents.update(digest(captions[-1]).encode())
+                contents.update(hashlib.sha256(record[image]).digest())
+            found = {"contents": contents.hexdigest(), "captions": captions}
+            cache.atomic_write(path, json.dumps(found).encode())
+    found = json.loads(path.read_bytes())
     captions = [
-        {language: tuple(texts) for language, texts in each.items()}
-        for each in json.loads(path.read_bytes())
+        {language: tuple(texts) for language, texts in each.items()} for each in found["captions"]
     ]
     numbers = np.arange(len(captions))
     names = [str(number) for number in numbers]
+    fingerprint = found["contents"]
     return Pictures(name, names, PictureFiles(records, image), numbers, captions, fingerprint)
 
 

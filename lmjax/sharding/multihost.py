@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+LOCAL_SIZE, LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
 _uses = itertools.count()  # makes every key of a run new; processes count alike
 
 
@@ -76,22 +77,25 @@ def start(options: Distributed) -> str:
     """
     if jax.distributed.is_initialized():
         return _joined()
+    where = {}  # jax.distributed knows many places itself
     if options.coordinator is None:
         options = launched_by_open_mpi(options, os.environ)
+        if options.coordinator is not None and int(os.environ.get(LOCAL_SIZE, 1)) > 1:
+            where["local_device_ids"] = [int(os.environ[LOCAL_RANK])]  # as SLURM's tasks have them
     if options.coordinator is not None:
         if options.processes == 1:
             return ""
         roll_call(options)
-        where = {
+        where |= {
             "coordinator_address": options.coordinator,
             "num_processes": options.processes,
             "process_id": options.process,
         }
-    elif several_in_environment():
-        where = {}  # jax.distributed knows these places itself
-    else:
+    elif not several_in_environment():
         return ""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM for itself, which would then end nothing before the first step.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         **where,
         initialization_timeout=options.timeout,

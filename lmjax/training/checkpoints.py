@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from lmjax.data.cache import atomic_write
+from lmjax.sharding.multihost import barrier, gather
 from lmjax.tasks.task import Params
 from lmjax.training.state import TrainState
 
@@ -133,6 +135,25 @@ def claim_workdir(
         write_atomically(workdir / CONFIG, json.dumps(config, indent=2).encode())
         for name, content in files.items():
             write_atomically(workdir / name, content)
+
+
+def check_shared(workdir: str | os.PathLike) -> None:
+    """Raises CheckpointError, in every process, unless all of them see the same workdir."""
+    if jax.process_count() == 1:
+        return
+    path = Path(workdir) / ".seen"
+    token = gather("token", uuid.uuid4().hex)[0]
+    if jax.process_index() == 0:
+        write_atomically(path, token.encode())
+    barrier("the token is written")
+    seen = gather("seen", path.exists() and path.read_text() == token)
+    if jax.process_index() == 0:
+        path.unlink()
+    if not all(seen):
+        raise CheckpointError(
+            f"process {seen.index(False)} does not see what process 0 writes in {workdir}: give a"
+            " --workdir on storage that all hosts share"
+        )
 
 
 def _check_usable(workdir: Path) -> None:

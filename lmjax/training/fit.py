@@ -32,6 +32,7 @@ from lmjax.training.checkpoints import (
     Checkpoints,
     as_json,
     changed_fields,
+    check_shared,
     check_space,
     claim_workdir,
     differences,
@@ -158,6 +159,7 @@ def fit(
         check_batch_size(rows, layout.batch_parts)
     how = {"strategy": layout.strategy.name, "mesh": dict(layout.mesh.shape)}
     settings = {"steps": steps, **how, "fit": runtime}
+    shapes = [{name: rows.shape for name, rows in batch.items()} for batch in evaluation]
     identity = {**identity, "averaging": averaging, "compression": None}
     if compression is not None:
         replicas = layout.mesh.shape[COMPRESSED_AXIS]  # each of which keeps errors of its own
@@ -165,10 +167,12 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors_said_plainly(data.batch_size, runtime.microbatches))
-        agree("run", as_json({"experiment": experiment, **identity, **settings}), changed_fields)
+        run = {"experiment": experiment, **identity, **settings, "evaluation": shapes}
+        agree("run", as_json(run), changed_fields)
         with first_process_first("workdir"):
             stack.enter_context(lock_workdir(workdir))
             claim_workdir(workdir, experiment, identity, settings, files)
+        check_shared(workdir)
         stack.enter_context(activate(layout))
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(Checkpoints(workdir, runtime.keep))
@@ -184,6 +188,7 @@ def fit(
         )
         target = prepared.target
         latest = checkpoints.latest_step
+        agree("last checkpoint", {"step": latest}, changed_fields)
         first = latest or 0
         if first >= steps:
             _print(f"{workdir} is at step {first} already: nothing is left to do up to {steps}")
@@ -239,7 +244,14 @@ def given_parameters(init: Callable[[], Params], target: TrainState) -> Params:
     params = init()
     if text := differences(params, target.params):
         raise ValueError(f"the parameters to start from are of another model: {text}")
-    return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target.params)
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target.params)
+    # `device_put` would compare the processes' arrays first, on their devices.
+    return jax.tree.map(
+        lambda x, t: jax.make_array_from_callback(x.shape, t.sharding, lambda part: x[part]),
+        params,
+        target.params,
+    )
 
 
 @contextlib.contextmanager
@@ -431,9 +443,10 @@ class Loop:
             try:
                 batch = self.feed.next()
             except Exception:
-                if not interruption.requested:
-                    raise
                 # A terminal sends Ctrl-C to processes that prepare data too, which may die of it.
+                # Of several runs' processes each would save a step of its own.
+                if not interruption.requested or jax.process_count() > 1:
+                    raise
                 if late:
                     self._observe(*late, log=True)
                 if not save:

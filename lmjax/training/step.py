@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lmjax.models.layers import constrain
 from lmjax.sharding.hardware import device_memory
 from lmjax.sharding.mesh import Layout, check_batch_size, lay_out
+from lmjax.sharding.multihost import gather
 from lmjax.sharding.partition import Axes
 from lmjax.sharding.strategies import PMAP, STRATEGIES, MeshOptions, Need, StrategyName, choose
 from lmjax.tasks.gradient_scaling import RESTS, SCALES, ScalesGradients
@@ -227,7 +228,7 @@ def arrange(
         need = Need(
             # Parameters, as many gradients, and what the optimizer keeps.
             state=2 * _bytes(params) + _bytes(jax.eval_shape(transformation.init, params)),
-            memory=device_memory(devices[0]),
+            memory=_least_memory(devices),
             rows=batch_size,
         )
         chosen, reason = choose(need, len(devices), options.slices)
@@ -236,6 +237,13 @@ def arrange(
     layout = lay_out(chosen, options, params, axes, devices, reason)
     check_batch_size(batch_size, layout.batch_parts, microbatches)
     return layout
+
+
+def _least_memory(devices: Sequence[jax.Device]) -> float | None:
+    """Bytes of the device with the least, by what each process can say of one of its own."""
+    own = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
+    found = gather("device memory", device_memory(own))
+    return None if None in found else min(found)
 
 
 def _bytes(shapes: Any) -> int:

@@ -270,6 +270,24 @@ def test_tfds_pictures_and_captions(tmp_path, monkeypatch, file_format):
             opened(tfds=str(directory))
 
 
+class Repainted(OnlyTrain):
+    def _generate_examples(self, first):
+        for i, example in super()._generate_examples(first):
+            yield i, {**example, "image": png(29 - i)}
+
+
+def test_fingerprints_of_tfds_sets_are_of_pictures_and_captions_not_of_files(tmp_path, monkeypatch):
+    """TFDS lays the features of a record out in another order each time."""
+    monkeypatch.setenv("LMJAX_CACHE", str(tmp_path / "cache"))
+    directory = prepare(OnlyTrain, tmp_path)
+    found = [opened(tfds=str(directory))["train"].fingerprint]
+    as_tfrecord(directory)
+    found.append(opened(tfds=str(directory))["train"].fingerprint)
+    assert found[0] == found[1]
+    other = prepare(Repainted, tmp_path)
+    assert opened(tfds=str(other))["train"].fingerprint not in found
+
+
 def test_a_split_called_val_is_the_validation_part(tmp_path, monkeypatch):
     monkeypatch.setenv("LMJAX_CACHE", str(tmp_path / "cache"))
     prepare(Captioned, tmp_path)

@@ -4,7 +4,7 @@ python -m tests.sharding.run WORKDIR STEPS STRATEGY [MESH [DISTRIBUTED [FATE]]]
 
 MESH and DISTRIBUTED are JSON: {"model": 2} {"coordinator": "127.0.0.1:1", "processes": 2, ...}.
 FATE: "stop" sends this process SIGTERM before step 3; "other" trains another model size;
-"compressed" compresses gradients.
+"elsewhere" has a disk of its own; "compressed" compresses gradients.
 """
 
 import json
@@ -53,7 +53,7 @@ def main(workdir, steps, strategy, mesh="{}", distributed="{}", fate="") -> None
         optimizer,
         Texts(task.model.config, layout.share, stop),
         steps=int(steps),
-        workdir=workdir,
+        workdir=f"{workdir}-elsewhere" if fate == "elsewhere" else workdir,
         seed=5,
         experiment="sharded",
         identity={"model": {"width": 256 if fate == "other" else 128}},

@@ -87,6 +87,14 @@ def test_processes_that_disagree_refuse_to_start(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
+    results = processes(tmp_path / "w", 2, "dp", 2, 1, fates=["", "elsewhere"])
+    for status, _, errors in results:
+        assert status == 1
+        assert "process 1 does not see what process 0 writes in" in errors
+    assert not (tmp_path / "w" / "checkpoints").exists()
+
+
 def test_a_process_that_does_not_come_is_named(tmp_path):
     results = processes(tmp_path, 2, "dp", 3, 1, fates=["", "", "absent"], timeout=8)
     assert [status for status, _, _ in results] == [1, 1]
