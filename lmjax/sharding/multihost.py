@@ -91,16 +91,21 @@ def start(options: Distributed) -> str:
             "num_processes": options.processes,
             "process_id": options.process,
         }
-    elif not several_in_environment():
+    elif not (tasks_in_environment() or has_tpus()):
         return ""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM for itself, which would then end nothing before the first step.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        **where,
-        initialization_timeout=options.timeout,
-        shutdown_timeout_seconds=15,  # all is saved by then; if one is missing, it will not come
-    )
+    try:
+        jax.distributed.initialize(
+            **where,
+            initialization_timeout=options.timeout,
+            # All is saved by then; if one is missing, it will not come.
+            shutdown_timeout_seconds=15,
+        )
+    except ValueError:  # TPUs that JAX knows no cluster of, as in Colab
+        if where or tasks_in_environment():
+            raise
+        return ""
     return _joined()
 
 
@@ -129,18 +134,20 @@ def launched_by_open_mpi(options: Distributed, variables: Mapping[str, str]) -> 
     )
 
 
-def several_in_environment() -> bool:
-    """Whether this is one of several tasks of SLURM or Open MPI, or a host with TPUs.
+def tasks_in_environment() -> bool:
+    """Whether this is one of several tasks of SLURM or Open MPI."""
+    return any(
+        rank in os.environ and int(os.environ.get(count, 1)) > 1
+        for count, rank in (
+            ("SLURM_NTASKS", "SLURM_PROCID"),  # salloc sets the first too; only srun's tasks both
+            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        )
+    )
 
-    A TPU VM may be one host of many, which only its metadata server knows; JAX asks it, and nothing
-    else is asked anything.
-    """
-    for count, rank in (
-        ("SLURM_NTASKS", "SLURM_PROCID"),  # salloc sets the first too; only srun's tasks have both
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ):
-        if rank in os.environ and int(os.environ.get(count, 1)) > 1:
-            return True
+
+def has_tpus() -> bool:
+    """Whether this host has TPUs that JAX would use. It may then be one of many, which only its
+    metadata server knows; JAX asks it, and nothing else is asked anything."""
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return False
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")

@@ -6,15 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from lmjax.sharding import multihost
 from lmjax.sharding.multihost import (
     Distributed,
     launched_by_open_mpi,
-    several_in_environment,
+    tasks_in_environment,
 )
 from tests.sharding.test_elastic import ROOT, environment, losses, run
+
+TASKS = ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
 
 def free_port():
@@ -170,6 +174,24 @@ def test_a_job_of_open_mpi_names_its_coordinator():
         assert launched_by_open_mpi(Distributed(), variables) == Distributed()
 
 
+def test_tpus_without_a_cluster_are_one_process(monkeypatch):
+    def refuse(**_):
+        raise ValueError("coordinator_address should be defined.")  # as jax.distributed does
+
+    for name in TASKS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(multihost, "has_tpus", lambda: True)
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    assert multihost.start(Distributed()) == ""
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    try:
+        with pytest.raises(ValueError, match="should be defined"):
+            multihost.start(Distributed())
+    finally:
+        jax.config.update("jax_enable_preemption_service", True)
+
+
 def test_nobody_answers(tmp_path):
     ((status, _, errors),) = processes(tmp_path, 2, "dp", 2, 1, fates=["absent", ""], timeout=2)
     assert status == 1
@@ -201,8 +223,8 @@ def test_options_that_cannot_be(options, message):
     ],
 )
 def test_tasks_of_a_cluster_are_recognised(variables, several, monkeypatch):
-    for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"):
+    for name in TASKS:
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"JAX_PLATFORMS": "cpu", **variables}.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert several_in_environment() is several
+    assert tasks_in_environment() is several
