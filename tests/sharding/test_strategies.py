@@ -43,7 +43,7 @@ UNLIKE = ("one device", "fsdp_tp, width", "fsdp_tp, length")
 def cases():
     """T5 in all layouts; of the others a few, or all with `pytest -m full`."""
     for model in MODELS:
-        few = LAYOUTS if model.startswith("t5") else UNLIKE if model == "dalle" else EACH_ONCE
+        few = LAYOUTS if model == "t5" else UNLIKE if model == "dalle" else EACH_ONCE
         yield pytest.param((model, *few), id=model)
         if few is not LAYOUTS:
             yield pytest.param((model, *LAYOUTS), id=f"{model}, all", marks=pytest.mark.full)
