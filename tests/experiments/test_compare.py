@@ -156,7 +156,7 @@ def test_trains_draws_and_knows_what_is_done(run, corpus, tmp_path):
     [
         ({"window": 31}, "--window is 31.*multiples of 3 and of 4"),
         ({"rows": 6}, "--rows 6.*multiples of 3 and of 4"),
-        ({"passage": 127}, "--passage is 127.*2 to 126 tokens"),
+        ({"passage": 67}, "--passage is 67.*2 to 66 tokens"),
         ({"questions": 0}, "--questions is 0, not 1 or more"),
     ],
 )

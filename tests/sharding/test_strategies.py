@@ -35,18 +35,18 @@ from tests.training.toy import Regression
 ROOT = Path(__file__).parents[2]
 
 
-EACH_ONCE = ("one device", "pmap", "dp", "fsdp", "tp", "fsdp_tp, width", "fsdp_tp, accumulated")
+FEW = ("one device", "dp", "fsdp", "tp", "fsdp_tp, width")
+MORE = (*FEW, "pmap", "fsdp, replicated", "fsdp_tp, accumulated")
 UNLIKE = ("one device", "fsdp_tp, width", "fsdp_tp, length")
 """Of layers that differ: these take long to compile."""
 
 
 def cases():
-    """T5 in all layouts; of the others a few, or all with `pytest -m full`."""
+    """T5 in most layouts, the others in a few; all in all with `pytest -m full`."""
     for model in MODELS:
-        few = LAYOUTS if model == "t5" else UNLIKE if model == "dalle" else EACH_ONCE
-        yield pytest.param((model, *few), id=model)
-        if few is not LAYOUTS:
-            yield pytest.param((model, *LAYOUTS), id=f"{model}, all", marks=pytest.mark.full)
+        some = MORE if model == "t5" else UNLIKE if model == "dalle" else FEW
+        yield pytest.param((model, *some), id=model)
+        yield pytest.param((model, *LAYOUTS), id=f"{model}, all", marks=pytest.mark.full)
 
 
 @pytest.fixture(scope="module", params=cases())
