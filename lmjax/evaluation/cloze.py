@@ -181,7 +181,7 @@ def masked(model, params, batch, tokens):
     encoded = model.apply({"params": params}, framed(passage, tokens), method="encode")
     at = batch["place"][:, None] + 1
     features = model.apply({"params": params}, encoded, at, method="guess")
-    return _guesses(model, params, features, batch, _bias(model, params))
+    return _guesses(model, params, features, batch, biased=True)
 
 
 def permuted(model, params, batch, tokens):
@@ -195,7 +195,7 @@ def permuted(model, params, batch, tokens):
         places=at,
         method="features",
     )
-    return _guesses(model, params, features, batch, _bias(model, params))
+    return _guesses(model, params, features, batch, biased=True)
 
 
 def causal(model, params, batch, tokens):
@@ -244,15 +244,13 @@ def framed(text: Int[Array, "B T"], tokens: SpecialTokens) -> Int[Array, "B T+2"
 
 
 def _guesses(
-    model, params, features: Float[Array, "B 1 D"], batch, bias: Float[Array, " V"] | float = 0.0
+    model, params, features: Float[Array, "B 1 D"], batch, biased: bool = False
 ) -> Float[Array, "B C"]:
     matrix = model.apply({"params": params}, method="output_matrix")
-    logits = all_logits(features, matrix)[:, 0] + bias
+    logits = all_logits(features, matrix)[:, 0]
+    if biased:
+        logits += model.apply({"params": params}, method="vocabulary_bias")
     return jnp.take_along_axis(jax.nn.log_softmax(logits), batch["candidates"], 1)
-
-
-def _bias(model, params) -> Float[Array, " V"]:
-    return model.apply({"params": params}, method="vocabulary_bias")
 
 
 def _of_each_candidate(score: Callable, batch: Batch) -> Float[Array, "B C"]:

@@ -13,10 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from lmjax.sharding.partition import divided_by
+from lmjax.sharding.partition import as_spec, divided_by
 
 REMAT_POLICIES = {
     "none": None,
@@ -103,12 +102,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
     Outside a mesh that divides any of them this does nothing.
     """
-    return _divided(x, axes) if any(division(axes, x.shape)) else x
-
-
-def _divided(x: Array, axes: Sequence[str | None]) -> Array:
     parts = division(axes, x.shape)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(part or None for part in parts)))
+    return jax.lax.with_sharding_constraint(x, as_spec(parts)) if any(parts) else x
 
 
 @jax.custom_vjp
@@ -157,7 +152,8 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "*rows"]) -> Float[Arr
     the batch or all of the result.
     """
     if parallel_devices() > 1:
-        table = _divided(table, ("activation_vocab", None))
+        parts = division(("activation_vocab", None), table.shape)
+        table = jax.lax.with_sharding_constraint(table, as_spec(parts))
     return table[tokens]
 
 

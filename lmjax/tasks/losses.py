@@ -189,15 +189,15 @@ def _axes_of_parts(batch: int, length: int, matrix_shape: tuple[int, int]) -> tu
     tokens to each part of the matrix, which the compiler does by itself: such axes are left out.
     """
     (axes,) = division(("batch",), (batch,))
-    rows, _ = division(("vocab", "embed"), matrix_shape)
     if matrix_shape[0] <= batch * length:
         return axes
+    rows, _ = division(("vocab", "embed"), matrix_shape)
     return tuple(axis for axis in axes if axis not in rows)
 
 
 def _product_by_part(a, b, axes: tuple[str, ...]):
     """[R, V], [R, D] -> [G, V, D], accumulated in float32."""
-    if not axes:  # as ever: with an axis G of 1 the compiler divides it otherwise, and worse
+    if not axes:  # with an axis G of 1 the compiler divides the product otherwise, and sends more
         return _product(a, b, 0, 0)[None]
     parts = _by_part(a, axes), _by_part(b, axes)
     return jnp.einsum("grv,grd->gvd", *parts, preferred_element_type=jnp.float32)

@@ -381,8 +381,8 @@ def restore_params(
         active_processes={jax.process_index()},
         barrier_sync_key_prefix=f"process-{jax.process_index()}",
     )
-    options = {"save_interval_steps": 0, "create": False, "multiprocessing_options": alone}
-    with _manager(directory, read_only=True, **options) as manager:
+    options = {"read_only": True, "save_interval_steps": 0, "create": False}
+    with _manager(directory, alone, **options) as manager:
         try:
             item = "ema" if (directory / str(step) / "ema").exists() else "params"
             saved = manager.item_metadata(step)[item].tree
@@ -429,17 +429,23 @@ class _Different(Exception):
 _MEMORY_ERRORS = (MemoryError, jax.errors.JaxRuntimeError)  # the device's fault, not the file's
 
 
-def _manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
+_TOGETHER = ocp.options.MultiprocessingOptions()
+
+
+def _manager(
+    directory: Path,
+    processes: ocp.options.MultiprocessingOptions = _TOGETHER,
+    **options: Any,
+) -> ocp.CheckpointManager:
     logging.getLogger("absl").addFilter(_not_an_error_of_orbax)
     # Named up front, so that the shapes in a checkpoint can be read before its arrays.
     items = ("params", "training", *_OPTIONAL)
-    processes = options.get("multiprocessing_options", ocp.options.MultiprocessingOptions())
     arrays = {
         item: ocp.StandardCheckpointHandler(multiprocessing_options=processes) for item in items
     }
     return ocp.CheckpointManager(
         directory,
-        options=ocp.CheckpointManagerOptions(**options),
+        options=ocp.CheckpointManagerOptions(multiprocessing_options=processes, **options),
         item_handlers={**arrays, "info": ocp.JsonCheckpointHandler()},
     )
 

@@ -244,9 +244,7 @@ def given_parameters(init: Callable[[], Params], target: TrainState) -> Params:
     params = init()
     if text := differences(params, target.params):
         raise ValueError(f"the parameters to start from are of another model: {text}")
-    if jax.process_count() == 1:
-        return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target.params)
-    # `device_put` would compare the processes' arrays first, on their devices.
+    # `device_put` would first compare the processes' arrays with each other, on their devices.
     return jax.tree.map(
         lambda x, t: jax.make_array_from_callback(x.shape, t.sharding, lambda part: x[part]),
         params,
@@ -444,7 +442,7 @@ class Loop:
                 batch = self.feed.next()
             except Exception:
                 # A terminal sends Ctrl-C to processes that prepare data too, which may die of it.
-                # Of several runs' processes each would save a step of its own.
+                # If a run has several, each would save a step of its own.
                 if not interruption.requested or jax.process_count() > 1:
                     raise
                 if late:

@@ -69,12 +69,8 @@ def test_of_two_processes_one_shows_what_both_have_learned(cache, stages, tmp_pa
     """Each has a part of the parameters, and reads the dVAE for itself."""
     command = [sys.executable, "-m", "experiments.dalle_train", *DALLE, "--steps", "2"]
     command += ["--dvae", stages / "dvae", "--workdir", tmp_path / "w", "--strategy", "fsdp"]
-    command += [
-        "--distributed.coordinator",
-        f"127.0.0.1:{free_port()}",
-        "--distributed.processes",
-        "2",
-    ]
+    address = f"127.0.0.1:{free_port()}"
+    command += ["--distributed.coordinator", address, "--distributed.processes", "2"]
     both = [
         subprocess.Popen(
             [*command, "--distributed.process", str(number)], cwd=ROOT, env=environment(cache),

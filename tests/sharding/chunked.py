@@ -31,12 +31,12 @@ LAYOUTS = {
 
 def arrays(rows: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    features, matrix = rng.normal(size=(B, T, D)) / 8, rng.normal(size=(rows, D)) / 8
-    bias, weights = (
-        rng.normal(size=rows),
-        rng.uniform(size=(B, T)) * (rng.uniform(size=(B, T)) < 0.8),
-    )
-    found = {"features": features, "matrix": matrix, "bias": bias, "weights": weights}
+    found = {
+        "features": rng.normal(size=(B, T, D)) / 8,
+        "matrix": rng.normal(size=(rows, D)) / 8,
+        "bias": rng.normal(size=rows),
+        "weights": rng.uniform(size=(B, T)) * (rng.uniform(size=(B, T)) < 0.8),
+    }
     return {name: x.astype(np.float32) for name, x in found.items()} | {
         "targets": rng.integers(0, rows, (B, T), np.int32)
     }

@@ -1,21 +1,12 @@
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.sharding.chunked import FEW_ROWS, LAYOUTS, MANY_ROWS, D
-
-ROOT = Path(__file__).parents[2]
+from tests.sharding.conftest import printed_by
 
 
 @pytest.fixture(scope="module")
 def results():
-    command = [sys.executable, "-m", "tests.sharding.chunked"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return printed_by("chunked")
 
 
 @pytest.mark.parametrize("rows", [FEW_ROWS, MANY_ROWS])

@@ -1,8 +1,4 @@
-import json
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,17 +12,13 @@ from lmjax.training.schedules import Constant
 from lmjax.training.state import abstract_parameters
 from lmjax.training.step import arrange, check_compression, prepare
 from tests.sharding.compressed import AXES, RANK, REPLICAS, SHAPES, TASK, gradients
+from tests.sharding.conftest import printed_by
 from tests.training.toy import Regression
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results():
-    command = [sys.executable, "-m", "tests.sharding.compressed"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return printed_by("compressed")
 
 
 def reference(bases):

@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +25,8 @@ from lmjax.sharding.hlo import (
 )
 from lmjax.tasks.seq2seq import Seq2Seq
 from lmjax.training.state import abstract_parameters
+from tests.sharding.conftest import printed_by
 
-ROOT = Path(__file__).parents[2]
 LAYERS, WIDTH, HIDDEN, ROWS = 5, 256, 512, 4_096
 
 
@@ -402,11 +400,7 @@ def run(kind: str) -> dict:
         "JAX_PLATFORMS": "cpu",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    command = [sys.executable, "-m", "tests.sharding.test_hlo", kind]
-    environment = os.environ | (tpu if kind == "tpu" else {})
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return printed_by("test_hlo", kind, **(tpu if kind == "tpu" else {}))
 
 
 LAYER = 2 * WIDTH * HIDDEN * 4  # bytes of its weights, and of their gradients

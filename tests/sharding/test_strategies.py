@@ -1,8 +1,3 @@
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,33 +24,28 @@ from lmjax.training.optimizers import AdamW
 from lmjax.training.schedules import Constant
 from lmjax.training.state import abstract_parameters
 from lmjax.training.step import arrange, prepare
+from tests.sharding.conftest import printed_by
 from tests.sharding.on_devices import LAYOUTS, MODELS
 from tests.training.toy import Regression
 
-ROOT = Path(__file__).parents[2]
-
-
-FEW = ("one device", "dp", "fsdp", "tp", "fsdp_tp, width")
-MORE = (*FEW, "pmap", "fsdp, replicated", "fsdp_tp, accumulated")
+EACH_ONCE = ("one device", "pmap", "dp", "fsdp", "tp", "fsdp_tp, width", "fsdp_tp, accumulated")
 UNLIKE = ("one device", "fsdp_tp, width", "fsdp_tp, length")
 """Of layers that differ: these take long to compile."""
 
 
 def cases():
-    """T5 in most layouts, the others in a few; all in all with `pytest -m full`."""
+    """T5 in all layouts; of the others a few, or all with `pytest -m full`."""
     for model in MODELS:
-        some = MORE if model == "t5" else UNLIKE if model == "dalle" else FEW
-        yield pytest.param((model, *some), id=model)
-        yield pytest.param((model, *LAYOUTS), id=f"{model}, all", marks=pytest.mark.full)
+        few = LAYOUTS if model.startswith("t5") else UNLIKE if model == "dalle" else EACH_ONCE
+        yield pytest.param((model, *few), id=model)
+        if few is not LAYOUTS:
+            yield pytest.param((model, *LAYOUTS), id=f"{model}, all", marks=pytest.mark.full)
 
 
 @pytest.fixture(scope="module", params=cases())
 def trained(request):
     """(model, what the layouts made of it, and a plan), from a process that has eight devices."""
-    command = [sys.executable, "-m", "tests.sharding.on_devices", *request.param]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads(done.stdout)
+    results = printed_by("on_devices", *request.param)
     return request.param[0], results, results.pop("planned")
 
 
