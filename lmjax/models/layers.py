@@ -315,13 +315,23 @@ def whole_attention(
     rate: float = 0.0,
     key: Array | None = None,
 ) -> Float[Array, "*B T N H"]:
-    """`attention` with all scores at once, of a batch or of one example."""
-    scores = jnp.einsum("...TNH,...SNH->...NTS", q, k, preferred_element_type=jnp.float32)
+    """`attention` with all scores at once, of a batch or of one example.
+
+    Heads in front and positions and widths last are what CPU products want, backwards too; what the
+    softmax divides by divides the H numbers of each context instead of the S weights.
+    """
+    q, k, v = (x.swapaxes(-2, -3) for x in (q, k, v))
+    scores = jnp.einsum("...NTH,...NSH->...NTS", q, k, preferred_element_type=jnp.float32)
     scores = scores if bias is None else scores + bias
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
     if rate > 0 and key is not None:
         weights = drop(weights, rate, key)
-    return jnp.einsum("...NTS,...SNH->...TNH", weights.astype(v.dtype), v)
+    context = jnp.einsum(
+        "...NTS,...NSH->...NTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return (context / total).astype(v.dtype).swapaxes(-2, -3)
 
 
 def _example_by_example(attention, operands, key):
