@@ -33,15 +33,19 @@ from rich.markup import escape
 from lmjax import command_line
 from lmjax.data.text import Text, TokenizedText
 from lmjax.decoding.generate import generate
+from lmjax.loading import Description
 from lmjax.models import bart
 from lmjax.models.bart import Bart, BartConfig
-from lmjax.objectives.bart_denoising import BartDenoising
+from lmjax.objectives.bart_denoising import STOPS, BartDenoising, sentence_ends
 from lmjax.pretraining import TextRun, optimizer_choices, pretrain
 from lmjax.tasks.seq2seq import Seq2Seq
 from lmjax.training.execution import ExecutionOptions
 from lmjax.training.fit import FitOptions
 from lmjax.training.optimizers import AdamW
 from lmjax.training.schedules import Linear
+
+PIECE = 1 << 20
+"""Tokens to look for sentence ends in at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,20 @@ class BartPretrain(TextRun):
                 f"--data.subwords is {self.data.subwords}, but BART trains byte_bpe: choose that,"
                 " or give a vocabulary with --data.tokenizer, --model.padding and --model.start"
             )
+
+    def read(self, start: Description | None, share: tuple[int, int]) -> Text:
+        """Raises ValueError also for a tokenized text without sentences to permute."""
+        text = super().read(start, share)
+        if self.objective.permute and not self.data.stream:
+            ends = sentence_ends(text.tokenizer)
+            tokens = text.batches.rows.store.tokens
+            pieces = (tokens[i : i + PIECE] for i in range(0, len(tokens), PIECE))
+            if not any(ends[piece].any() for piece in pieces):
+                raise ValueError(
+                    "no document has a sentence end, so that there are no sentences to permute:"
+                    f" give text with any of {' '.join(STOPS)}, or set --objective.permute 0"
+                )
+        return text
 
     def task(self, devices: Sequence[jax.Device] | None = None) -> Seq2Seq:
         model = Bart(self.model, self.execution.resolve(devices))

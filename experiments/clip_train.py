@@ -5,8 +5,8 @@ section 2; Ramesh et al. 2021, section 2.6, for ranking DALL-E's pictures with i
 
     python -m experiments.clip_train
     python -m experiments.clip_train --data.language ko --workdir runs/clip-korean
-    python -m experiments.clip_train --init openai/clip-vit-base-patch32 --data.folder photos
-        --workdir runs/clip-photos
+    python -m experiments.clip_train --init openai/clip-vit-base-patch32 --data.dropout 0
+        --data.folder photos --workdir runs/clip-photos
 
 The first trains `emoji` on 3,792 emoji and their names in English and Korean: about five minutes on
 two CPU cores. Then it finds the pictures of held-out names: matches.png in the workdir has names

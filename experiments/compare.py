@@ -250,7 +250,7 @@ def contestants(settings: Compare, tokenizer: Tokenizer, data: TokenizedText) ->
     corrupted, _ = span_corruption_lengths(s.window)
     all_of_them = {
         "bert": (BERT, one | learned, MaskedPairs(length=length, copies=1)),
-        "roberta": (ROBERTA, one | learned, MaskedLM(length=length)),
+        "roberta": (ROBERTA, one | learned, MaskedLM(length=length, full_sentences=False)),
         "xlnet": (XLNET, one | forgetful, permuted),
         "bart": (BART, two | learned | ends, BartDenoising(length=length)),
         "gpt2": (GPT2, one | learned, CausalLM(length=s.window - 1)),

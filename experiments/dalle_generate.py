@@ -25,8 +25,11 @@ from experiments import dalle_train
 from experiments.dalle_train import SAMPLING, Easel
 from lmjax import command_line
 from lmjax.data.captions import CaptionEncoder
+from lmjax.data.pictures import SUFFIXES
+from lmjax.data.pixels import UnreadablePicture, read_picture
 from lmjax.decoding.sampling import Sampling
 from lmjax.evaluation.pictures import sheet
+from lmjax.interop.safetensors import CONFIG, read_json
 from lmjax.loading import describe
 from lmjax.tasks.task import as_floats
 
@@ -59,8 +62,10 @@ class DALLEGenerate:
     """With --complete: how many rows of codes are given; by default half of them."""
     seed: int = 0
     """Of the draws."""
+    truncate: bool = False
+    """Cut captions that are longer than the model reads, which are else an error."""
     output: Path = Path("drawings.png")
-    """Where the pictures go."""
+    """Where the pictures go: a .png, .jpg or other file of pictures."""
 
     def __post_init__(self):
         if not self.captions or not all(caption.strip() for caption in self.captions):
@@ -69,20 +74,29 @@ class DALLEGenerate:
             raise ValueError(f"samples ({self.samples}) and shown ({self.shown}) start at 1")
         if self.rows is not None and self.complete is None:
             raise ValueError("--rows says how much of --complete is given: name a picture there")
+        if self.output.suffix.lower() not in SUFFIXES:
+            raise ValueError(
+                f"--output {self.output} does not end as a file of pictures does: name it with one"
+                f" of {', '.join(sorted(SUFFIXES))}"
+            )
 
 
 def main() -> None:
     settings = tyro.cli(DALLEGenerate, description=__doc__)
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
+    check_picture(settings.complete)
     model, params, tokenizer = trained("checkpoint", settings.checkpoint, "dalle")
     ranker = trained("clip", settings.clip, "clip") if settings.rerank == "clip" else None
-    run = dataclasses.replace(dalle_train.EMOJI, dvae=settings.dvae, seed=settings.seed)
+    data = dataclasses.replace(dalle_train.EMOJI.data, truncate=settings.truncate)
+    run = dataclasses.replace(dalle_train.EMOJI, data=data, dvae=settings.dvae, seed=settings.seed)
     easel = Easel(run, model, tokenizer)
+    check_dvae(settings, easel)
     top = None
     if settings.complete is not None:
         top = given_rows(settings, easel, model.config.grid)
-    drawn = easel.draw(params, settings.captions, settings.samples, sampling, top)
     console = Console(highlight=False, soft_wrap=True)
+    with console.status(f"drawing {settings.samples * len(settings.captions):,} pictures"):
+        drawn = easel.draw(params, settings.captions, settings.samples, sampling, top)
     rows = []
     for caption, pictures in zip(settings.captions, drawn, strict=True):
         order = np.arange(len(pictures))
@@ -99,17 +113,42 @@ def main() -> None:
     console.print(f"look at {settings.output}")
 
 
+def check_picture(path: Path | None) -> None:
+    """Raises ValueError if the picture to complete cannot be read."""
+    try:
+        if path is not None:
+            read_picture(path)
+    except UnreadablePicture as error:
+        raise ValueError(
+            f"--complete {path} cannot be read ({error}): give a file of a picture"
+        ) from error
+
+
+def check_dvae(settings: DALLEGenerate, easel: Easel) -> None:
+    """Raises ValueError if the DALL-E was trained on the codes of another dVAE."""
+    trained_with = read_json(Path(settings.checkpoint) / CONFIG)["identity"]["data"]["dvae"]
+    found = easel.fingerprint()
+    if found != trained_with:
+        raise ValueError(
+            f"--dvae {settings.dvae} is not the one that {settings.checkpoint} was trained with (of"
+            f" SHA-256 {trained_with[:12]}, and it has {found[:12]}): give the workdir of that one"
+        )
+
+
 def trained(flag: str, place: str, kind: str):
     """(model, parameters, tokenizer); ValueError where there is none of this kind."""
-    if Path(place).name == place or (Path(place) / "config.json").exists():
-        found = describe(place)
-        if found.model_type == kind:
-            return lmjax.load(place)
-        raise ValueError(f"--{flag} {place} holds a {found.model_type}, not a {kind}")
-    if not Path(place).exists():
+    if place == getattr(DALLEGenerate, flag) and not Path(place).exists():
         raise ValueError(
             f"--{flag} {place} is not there: run `python -m experiments.{kind}_train` first, or"
             " give the workdir of such a run"
+        )
+    found = describe(place)
+    if found.model_type != kind:
+        raise ValueError(f"--{flag} {place} holds a {found.model_type}, not a {kind}")
+    if found.tokenizer is None:
+        raise ValueError(
+            f"--{flag} {place} has no tokenizer to read captions with: put the file of the one that"
+            " it was trained with there"
         )
     return lmjax.load(place)
 

@@ -22,6 +22,9 @@ of 32 x 32 codes, AdamW with betas 0.9 and 0.96 and decay 0.045, clipping at 4, 
 after 5,000 steps (which the paper halved five times when the loss stood still: lower it by hand,
 with --init), a moving average of the weights with decay 0.99 every 25 steps. `coco` and
 `korean-coco` are models of a 120th of its size for MS-COCO 2014; the recipe is ours.
+
+All depart from the paper in that codes are made once, of the middle of each picture: there, they
+are made anew each time, of a random part (Listing 2).
 """
 
 import contextlib
@@ -40,7 +43,7 @@ from lmjax.data.captions import CaptionedPictureData, CaptionEncoder, in_languag
 from lmjax.data.code_store import CodeStore, build_code_store
 from lmjax.data.picture_batches import PictureBatches
 from lmjax.data.pictures import Pictures, open_pictures
-from lmjax.data.pixels import UnreadablePicture, middle_crop, read_picture, transformer_crop
+from lmjax.data.pixels import UnreadablePicture, middle_crop, read_picture
 from lmjax.decoding.pictures import draw
 from lmjax.decoding.sampling import Sampling
 from lmjax.evaluation.pictures import as_bytes, nearest, save_sheet, sheet
@@ -85,6 +88,11 @@ class DALLETrain(PictureRun):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.data.augment:
+            raise ValueError(
+                "--data.augment is for training the dVAE or CLIP: DALL-E's codes are made once, of"
+                " the middle of each picture, so leave it out (--data.no-augment)"
+            )
         if self.gradient_scaling is None:
             return
         if self.gradient_scaling < 1:
@@ -125,7 +133,7 @@ class DALLETrain(PictureRun):
         data = self.read_pictures(
             start,
             share,
-            transformer_crop,
+            middle_crop,
             size,
             caption_length=self.model.text_length - 1,
             rows=self.model.text_vocab,
@@ -156,14 +164,20 @@ def encoder(settings: DALLETrain):
 
 def trained_dvae(workdir: str, model: DALLEConfig):
     """(model, parameters) of the dVAE that a DALL-E draws with; raises as `encoder` does."""
+    expected = model.image_vocab, model.grid
     if not (Path(workdir) / "config.json").exists():
         raise ValueError(
             f"--dvae {workdir} holds no trained dVAE: run `python -m experiments.dvae_train` first,"
-            " or give the workdir of one"
+            f" with such --model options that it has {expected[0]} codes on a grid of"
+            f" {expected[1]}, or give the workdir of one"
         )
-    config = describe(workdir).config
-    found = getattr(config, "codes", None), getattr(config, "grid", None)
-    expected = model.image_vocab, model.grid
+    described = describe(workdir)
+    if described.model_type != "dvae":
+        raise ValueError(
+            f"--dvae {workdir} holds a {described.model_type}, not a dvae: give the workdir of a"
+            " run of `python -m experiments.dvae_train`"
+        )
+    found = described.config.codes, described.config.grid
     if found != expected:
         raise ValueError(
             f"the dVAE in {workdir} has {found[0]} codes on a grid of {found[1]}, and the model"
@@ -186,11 +200,12 @@ EMOJI = DALLETrain(
 )
 PAPER = DALLETrain(
     model=dalle.PRESETS["12b"],
-    data=CaptionedPictureData(),
+    data=CaptionedPictureData(augment=False),
     dvae="runs/dvae-paper",
     optimizer=AdamW(
         Constant(4.5e-4, warmup=5_000),
         gradient_clip=4.0,
+        variance_clip=5.0,
         beta2=0.96,
         epsilon=1e-8,
         weight_decay=4.5e-2,
@@ -210,7 +225,7 @@ def coco(preset: str, language: str) -> DALLETrain:
     return dataclasses.replace(
         PAPER,
         model=dalle.PRESETS[preset],
-        data=CaptionedPictureData(language=language),
+        data=CaptionedPictureData(language=language, augment=False),
         dvae="runs/dvae-coco",
         optimizer=dataclasses.replace(
             PAPER.optimizer, schedule=Cosine(4.5e-4, horizon=20_000, warmup=1_000)
@@ -345,6 +360,10 @@ class Easel:
         grid = self._model.config.grid
         pictures = as_bytes(self._decode(drawn.codes.reshape(-1, grid, grid)))
         return pictures.reshape(len(ids), samples, *pictures.shape[1:])
+
+    def fingerprint(self) -> str:
+        """Of the dVAE, as a run on its codes records it."""
+        return fingerprint(self._dvae_params)
 
     def codes(self, picture: np.ndarray) -> np.ndarray:
         """[grid x grid] of one picture, uint8 [R, R, 3]."""

@@ -61,6 +61,19 @@ class DVAETrain(PictureRun):
     commitment: float = 0.25
     """Of a VQ-VAE (--model.nearest): what keeps the encoder's vectors near the codes'."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.model.nearest:
+            return
+        mine, *presets = (
+            (run.beta, run.temperature, run.balance) for run in (self, *PRESETS.values())
+        )
+        if mine not in presets:
+            raise ValueError(
+                "--beta, --temperature and --balance are the Gumbel-softmax's, and --model.nearest"
+                " makes a VQ-VAE, which has none: drop them, or --model.nearest"
+            )
+
     def task(self, devices: Sequence[jax.Device] | None = None) -> Autoencoding:
         model = DVAE(self.model, self.execution.resolve(devices))
         if self.model.nearest:

@@ -128,6 +128,7 @@ def show_guesses(
     tokenizer = text.tokenizer
     hide = dataclasses.replace(settings.objective, keep=0.0, replace=0.0).bind(tokenizer)
     for number, tokens in enumerate(text.samples):
+        tokens = tokens[tokens != tokenizer.eos_id]  # behind each sentence
         example = hide(tokens[: settings.objective.window], np.random.default_rng(number))
         encoded = model.apply({"params": params}, example["inputs"][None], method="encode")
         places = jnp.asarray(example["targets_positions"])[None]

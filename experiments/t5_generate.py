@@ -28,6 +28,7 @@ from lmjax.decoding.beam_search import Beam
 from lmjax.decoding.fill_in import fill_in, spans_by_sentinel
 from lmjax.decoding.generate import Generated, generate
 from lmjax.decoding.sampling import Sampling
+from lmjax.models.t5 import T5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ def main() -> None:
     settings = tyro.cli(T5Generate, description=__doc__)
     strategy = settings.strategy
     model, params, tokenizer = lmjax.load(settings.checkpoint, dtype=settings.dtype)
+    if not isinstance(model, T5):
+        raise ValueError(
+            f"{settings.checkpoint} holds a {type(model).__name__}, and only a T5 fills gaps: name"
+            " the workdir of a t5_pretrain, or a Hugging Face directory or repo of a T5"
+        )
     if tokenizer is None:
         raise ValueError(f"{settings.checkpoint} has no tokenizer: put its spiece.model there")
     texts = [text + " <extra_id_0>" * settings.complete for text in settings.texts]

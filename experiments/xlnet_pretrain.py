@@ -36,6 +36,7 @@ from experiments.roberta_pretrain import guessed
 from lmjax import command_line
 from lmjax.data.batches import Batch
 from lmjax.data.text import Text, TokenizedText
+from lmjax.loading import Description
 from lmjax.models import xlnet
 from lmjax.models.layers import all_logits
 from lmjax.models.xlnet import XLNet, XLNetConfig
@@ -72,6 +73,17 @@ class XLNetPretrain(TextRun):
                 f"--batch is {self.batch}, which cannot be half forward and half backward: choose"
                 " an even one, or --objective.no-backward"
             )
+
+    def read(self, start: Description | None, share: tuple[int, int]) -> Text:
+        """Raises ValueError also where a lane of the text would never fill the memory."""
+        text = super().read(start, share)
+        length = text.batches.rows.length
+        if self.model.memory > length:
+            raise ValueError(
+                f"--model.memory is {self.model.memory:,}, but each of the {self.batch} lanes has"
+                f" only {length:,} tokens of text: choose a smaller memory or --batch, or add text"
+            )
+        return text
 
     def task(self, devices: Sequence[jax.Device] | None = None) -> Permuted:
         return Permuted(XLNet(self.model, self.execution.resolve(devices)), self.batch)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lmjax.data.batches import Batch, Batches, assemble
+from lmjax.data.captions import CaptionedPictureData
 from lmjax.data.picture_batches import PictureBatches, read_pictures, stack
 from lmjax.data.pictures import PictureData
 from lmjax.data.pixels import Crop
@@ -136,6 +137,14 @@ class Run(abc.ABC):
     def compression(self) -> PowerSGD | None:
         return None if self.compress is None else PowerSGD(self.compress)
 
+    def check_tokenizer(self, start: Description | None) -> None:
+        """Raises ValueError where the checkpoint to start from has none, and none is named."""
+        if start is not None and start.tokenizer is None and self.data.tokenizer is None:
+            raise ValueError(
+                f"{self.init} has no tokenizer: give the one it was trained with as"
+                " --data.tokenizer"
+            )
+
     def workload(self, devices: Sequence[jax.Device]) -> Workload:
         """What `experiments.plan` compiles for `devices`."""
         batch = {
@@ -154,11 +163,7 @@ class TextRun(Run):
 
     def read(self, start: Description | None, share: tuple[int, int]) -> Text:
         """Raises ValueError where the tokenizer is not known, and what `read_text` raises."""
-        if start is not None and start.tokenizer is None and self.data.tokenizer is None:
-            raise ValueError(
-                f"{self.init} has no tokenizer: give the one it was trained with as"
-                " --data.tokenizer"
-            )
+        self.check_tokenizer(start)
         return read_text(
             self.data,
             self.objective,
@@ -191,7 +196,12 @@ class PictureRun(Run):
     def read_pictures(
         self, start: Description | None, share: tuple[int, int], crop: Crop, size: int, **more: Any
     ) -> PictureBatches:
-        """`picture_batches.read_pictures` with this run's settings and `more` of its arguments."""
+        """`picture_batches.read_pictures` with this run's settings and `more` of its arguments.
+
+        Raises ValueError where the captions' tokenizer is not known, and what that raises.
+        """
+        if isinstance(self.data, CaptionedPictureData):
+            self.check_tokenizer(start)
         return read_pictures(
             self.data,
             crop,

@@ -69,11 +69,7 @@ class Windows:
 
     def __init__(self, store: TokenizedDocuments, window: int, split: str = "train"):
         self.store, self.window = store, window
-        if len(self) < 1:
-            raise ValueError(
-                f"the {split} text has {len(store.tokens):,} tokens and one example takes "
-                f"{window:,}: add text or choose shorter inputs"
-            )
+        check_enough(len(store.tokens), window, split)
 
     def __len__(self) -> int:
         return len(self.store.tokens) // self.window
@@ -88,7 +84,7 @@ class IndexedBatches:
     """Noised, endless batches over `rows`, usually shuffled; see the module docstring.
 
     Attributes:
-        rows: `Windows`, `PackedDocuments`, `SentencePairs` or `Lanes`.
+        rows: `Windows`, `PackedDocuments`, `FullSentences`, `SentencePairs` or `Lanes`.
         objective: (tokens, rng) -> 1-D `inputs` and `targets`; picklable, such as
             `functools.partial(span_corruption, sentinels=...)`.
         lengths: the fixed lengths of `inputs` and `targets` in a batch.
@@ -255,6 +251,15 @@ def assemble(
             batch[f"{name}_segment_ids"] = segments
     batch["loss_weights"] = (batch["targets_segment_ids"] > 0).astype(np.float32)
     return batch
+
+
+def check_enough(tokens: int, window: int, split: str) -> None:
+    """Raises ValueError for a text that makes no example."""
+    if tokens < window:
+        raise ValueError(
+            f"the {split} text has {tokens:,} tokens and one example takes {window:,}: add text or"
+            " choose shorter inputs"
+        )
 
 
 def check_seed(seed: int) -> None:

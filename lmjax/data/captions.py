@@ -19,6 +19,8 @@ from lmjax.data.tokenizers import Tokenizer, cached_tokenizer, named_tokenizer
 from lmjax.objectives.bpe_dropout import Merges, bpe_dropout
 
 Language = Literal["en", "ko", "both"]
+SHOWN = 60
+"""Characters of a caption in a message."""
 WANTED = {"en": "English captions", "ko": "Korean captions", "both": "captions"}
 
 
@@ -103,9 +105,10 @@ class CaptionEncoder:
                 return self._between_ends(ids[:room])
         [ids] = self.tokenizer.encode_batch([text])
         if len(ids) > room and not self.truncate:
+            shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
             raise ValueError(
-                f"the caption {text!r} has {len(ids)} tokens and the model reads {room}:"
-                " shorten it, set data.truncate, or choose a model that reads more"
+                f"the caption {shown!r} has {len(ids)} tokens and the model reads {room}: shorten"
+                " it, set the option truncate to have it cut, or choose a model that reads more"
             )
         return self._between_ends(ids[:room])
 

@@ -1,8 +1,7 @@
 """Pictures as the codes of a discrete VAE, made once: a directory of memory-mapped arrays.
 
     codes.npy      uint16 [pictures, codes]: row i belongs to picture i, and its captions
-    readable.npy   bool [pictures]: False where the file could not be read
-    meta.json      of which pictures and which model they are
+    meta.json      of which pictures and which model they are, and which files could not be read
 
 The transformer that learns to continue captions with pictures then needs neither files nor model.
 """
@@ -17,11 +16,13 @@ import numpy as np
 from rich.progress import track
 
 from lmjax.data import cache
-from lmjax.data.pictures import Pictures, Unusable, report
+from lmjax.data.pictures import Pictures, Unusable, none_readable, report
 from lmjax.data.pixels import UnreadablePicture, middle_crop, read_picture
 
 Encode = Callable[[np.ndarray], np.ndarray]
 """uint8 [B, R, R, 3] -> integers [B, codes]"""
+FORMAT = 2
+"""Changes with what the files hold."""
 
 
 class CodeStore:
@@ -30,6 +31,7 @@ class CodeStore:
     Attributes:
         directory: where it is.
         codes: uint16 `[pictures, codes]`, memory-mapped.
+        unreadable: by picture, why it could not be read.
         readable: bool `[pictures]`.
 
     Raises:
@@ -42,9 +44,11 @@ class CodeStore:
             self.meta: dict = json.loads((self.directory / "meta.json").read_text())
             # Plain arrays: rows of `np.memmap` objects cost several times as much.
             self.codes = np.load(self.directory / "codes.npy", mmap_mode="r").view(np.ndarray)
-            self.readable = np.load(self.directory / "readable.npy")
-        except (OSError, ValueError) as error:
+            self.unreadable = {int(i): reason for i, reason in self.meta["unreadable"].items()}
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"no store of codes in {self.directory}: {error}") from error
+        self.readable = np.ones(len(self.codes), bool)
+        self.readable[list(self.unreadable)] = False
 
     def __reduce__(self):
         return CodeStore, (self.directory,)
@@ -52,7 +56,8 @@ class CodeStore:
 
 def code_directory(pictures: Pictures, model_sha256: str, size: int) -> Path:
     """Where the cache keeps the codes that a model makes of the pictures, `size` pixels a side."""
-    name = hashlib.sha256(f"{pictures.fingerprint} {model_sha256} {size}".encode()).hexdigest()
+    key = f"{FORMAT} {pictures.fingerprint} {model_sha256} {size}"
+    name = hashlib.sha256(key.encode()).hexdigest()
     return cache.cache_dir() / "picture_codes" / name[:24]
 
 
@@ -72,7 +77,7 @@ def build_code_store(
         model_sha256: of its parameters.
         size: pixels a side.
         batch_size: pictures at once.
-        unusable: what to do about files that cannot be read.
+        unusable: what to do about files that cannot be read, or could not when the codes were made.
 
     Raises:
         ValueError: a file cannot be read, and those are refused, or none can be; or a code has
@@ -82,10 +87,19 @@ def build_code_store(
     with cache.lock(directory):
         if not directory.exists():
             with cache.atomic_directory(directory) as temporary:
-                _write(pictures, encode, size, batch_size, unusable, temporary)
+                unreadable = _write(pictures, encode, size, batch_size, unusable, temporary)
                 meta = {"pictures": pictures.fingerprint, "model": model_sha256, "size": size}
+                meta["unreadable"] = unreadable
                 (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
-        return CodeStore(directory)
+        store = CodeStore(directory)
+    if store.unreadable:
+        first, reason = next(iter(store.unreadable.items()))
+        report(
+            f"{len(store.unreadable):,} of {len(pictures):,} pictures that cannot be read, the"
+            f" first of them {pictures.place(first)} ({reason})",
+            unusable,
+        )
+    return store
 
 
 def _write(
@@ -95,8 +109,9 @@ def _write(
     batch_size: int,
     unusable: Unusable,
     directory: Path,
-) -> None:
-    readable = np.ones(len(pictures), bool)
+) -> dict[int, str]:
+    """Writes the codes, and returns which pictures cannot be read, and why."""
+    unreadable = {}
     codes = None
     starts = range(0, len(pictures), batch_size)
     for start in track(starts, "encoding pictures", transient=True):
@@ -107,7 +122,7 @@ def _write(
                 image = read_picture(pictures.file(index), size)
                 batch[index - start] = middle_crop(image, size)
             except UnreadablePicture as error:
-                readable[index] = False
+                unreadable[index] = str(error)
                 report(f"{pictures.place(index)} ({error})", unusable)
         encoded = np.asarray(encode(batch))
         if encoded.max() >= 2**16:
@@ -116,7 +131,7 @@ def _write(
             shape = (len(pictures), encoded.shape[1])
             codes = np.lib.format.open_memmap(directory / "codes.npy", "w+", np.uint16, shape)
         codes[start:stop] = encoded[: stop - start]
-    if not readable.any():
-        raise ValueError(f"{pictures.name} holds no picture that can be read")
+    if len(unreadable) == len(pictures):
+        raise none_readable(pictures)
     codes.flush()
-    np.save(directory / "readable.npy", readable)
+    return unreadable

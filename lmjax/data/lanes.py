@@ -24,6 +24,7 @@ class Sentences:
     Attributes:
         boundaries: where sentences begin and end, counted in words; documents' end marks are
             sentences of their own.
+        document_ends: where these marks are.
     """
 
     def __init__(self, store: TokenizedDocuments, end: int):
@@ -33,7 +34,7 @@ class Sentences:
         self._left_out = marks[~last]
         # How many words lie before each mark that is left out.
         self._before = self._left_out - np.arange(len(self._left_out))
-        ends = marks[last] - np.searchsorted(self._left_out, marks[last])
+        self.document_ends = ends = marks[last] - np.searchsorted(self._left_out, marks[last])
         self.boundaries = np.unique(np.concatenate([[0], self._before, ends, ends + 1]))
 
     def __len__(self) -> int:
@@ -116,6 +117,9 @@ class Lanes:
         split: the corpus's name in errors. Held-out text (not "train") may have too little for all
             lanes: those left over stay empty.
 
+    Attributes:
+        length: words of each lane.
+
     Raises:
         ValueError: the text does not fill the lanes, or they do not come in pairs.
     """
@@ -143,7 +147,7 @@ class Lanes:
                 f"the {split} text has {len(text):,} tokens, which do not fill {parts} lanes of"
                 f" {least:,} or more: add text, or choose a smaller --batch or --objective.length"
             )
-        length = len(text) // filled
+        self.length = length = len(text) // filled
         self._lanes = [
             Lane(text, part * length, length, backward)
             for part in range(filled)

@@ -20,7 +20,15 @@ from PIL import Image
 from lmjax.data.batches import Batch, Batches, IndexedBatches, evaluation_batches
 from lmjax.data.captions import CaptionEncoder, caption_tokenizer, with_captions
 from lmjax.data.code_store import CodeStore
-from lmjax.data.pictures import Captions, PictureData, Pictures, Unusable, open_pictures, report
+from lmjax.data.pictures import (
+    Captions,
+    PictureData,
+    Pictures,
+    Unusable,
+    none_readable,
+    open_pictures,
+    report,
+)
 from lmjax.data.pixels import Crop, UnreadablePicture, middle_crop, read_picture
 from lmjax.data.tokenizers import Tokenizer, check_rows
 
@@ -71,7 +79,7 @@ class PictureRows:
                 self.unreadable[other] = place
                 continue
             return [(index, Picture(image, self.pictures.captions[other]))]
-        raise ValueError(f"{self.pictures.name} holds no picture that can be read")
+        raise none_readable(self.pictures)
 
 
 class CodeRows:

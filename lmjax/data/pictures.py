@@ -61,9 +61,12 @@ class PictureData:
     'val' or 'validation' split, or first folders such as train2014 and val2014."""
     unusable: Unusable = "skip"
     """What to do about files that cannot be read, or that have no caption where one is needed:
-    leave them out and say so, or refuse the set."""
+    leave them out and say so, or refuse the set. Whether a file can be read shows when training
+    first comes to it or, of DALL-E, when its codes are made: reading all of a large set ahead would
+    take as long as an epoch."""
     augment: bool = True
-    """Train on random parts of the pictures, as in the paper, rather than on their middle."""
+    """Train on random parts of the pictures, as in the paper, rather than on their middle. Not of
+    DALL-E, whose pictures are codes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Pictures:
       numbers: which of `files` these are.
       captions: of each picture; it may have none.
       fingerprint: a hash of the content.
+      split: "train" or "validation".
     """
 
     name: str
@@ -85,6 +89,7 @@ class Pictures:
     numbers: np.ndarray
     captions: Sequence[Captions]
     fingerprint: str
+    split: str = "train"
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -122,6 +127,11 @@ def open_pictures(data: PictureData = PictureData()) -> dict[str, Pictures]:  # 
         raise ValueError("data.tfds is set beside data.folder or data.captions: drop one of them")
     if (data.tfds_download or data.tfds_data_dir) and not data.tfds:
         raise ValueError("data.tfds_download or data.tfds_data_dir is set without data.tfds")
+    splits = _opened(data)
+    return {name: dataclasses.replace(splits[name], split=name) for name in splits}
+
+
+def _opened(data: PictureData) -> dict[str, Pictures]:
     if data.folder or data.captions:
         return _split(picture_files(data.folder, data.captions, data.unusable), data)
     if data.tfds:
@@ -191,6 +201,14 @@ def report(what: str, unusable: Unusable, error: type[Exception] = ValueError) -
     if unusable == "refuse":
         raise error(f"{what}: mend or remove it, or set data.unusable to skip")
     Console(stderr=True).print(f"left out: {what}", markup=False, soft_wrap=True)
+
+
+def none_readable(pictures: Pictures) -> ValueError:
+    """To be raised."""
+    return ValueError(
+        f"{pictures.name} holds no picture that can be read in its {pictures.split} split: mend the"
+        " files, or give others"
+    )
 
 
 def _split(pictures: Pictures, data: PictureData) -> dict[str, Pictures]:

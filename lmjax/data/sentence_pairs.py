@@ -22,18 +22,26 @@ TRIES = 10
 _END = re.compile(r"""[.?!。？！…]["'”’»)\]]*\s+|\s*\n\s*\n\s*""")
 
 
-def split_sentences(text: str, lines: bool = False) -> list[str]:
-    """Sentences without the white space between them.
+def split_sentences(text: str, lines: bool = False, spaced: bool = False) -> list[str]:
+    """Sentences without the white space between them; `spaced`: each with the space before it.
 
     They end after a full stop, question or exclamation mark (closing quotes and brackets included)
     that white space follows, and before blank lines; with `lines`, at line ends and nowhere else.
     """
     if lines:
-        parts = text.splitlines()
+        parts = text.splitlines(keepends=True)
     else:
         ends = [match.end() for match in _END.finditer(text)]
         parts = [text[i:j] for i, j in itertools.pairwise([0, *ends, len(text)])]
-    return [part.strip() for part in parts if part.strip()]
+    if not spaced:
+        return [part.strip() for part in parts if part.strip()]
+    sentences, before = [], ""
+    for part in parts:
+        if sentence := part.rstrip():
+            sentences.append(before + sentence)
+            before = ""
+        before += part[len(sentence) :]
+    return sentences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,9 @@ class Sentences:
     tokenizer: Any
     lines: bool = False
     """Each line is a sentence."""
+    spaced: bool = False
+    """White space belongs to the sentence after it, so that it becomes the tokens that it does
+    within its document; byte-level BPE has other tokens for words that a space precedes."""
 
     @property
     def vocab_size(self) -> int:
@@ -51,10 +62,11 @@ class Sentences:
     @property
     def sha256(self) -> str:
         name = f"{self.tokenizer.sha256} {'lines' if self.lines else 'sentences'}"
+        name += " spaced" * self.spaced
         return hashlib.sha256(name.encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        split = [split_sentences(text, self.lines) for text in texts]
+        split = [split_sentences(text, self.lines, self.spaced) for text in texts]
         encoded = iter(self.tokenizer.encode_batch(list(itertools.chain(*split))))
         end = np.array([self.tokenizer.eos_id], np.int32)
         documents = []

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmjax.data.batches import Batches, IndexedBatches, Rows, Windows, evaluation_batches
+from lmjax.data.full_sentences import FullSentences
 from lmjax.data.lanes import Lanes
 from lmjax.data.packing import PackedDocuments
 from lmjax.data.sentence_pairs import SentencePairs, Sentences
@@ -109,10 +110,11 @@ def read_text(
     """
     if data.stream and workers:
         raise ValueError("data.stream reads in one thread: drop --workers")
-    if objective.corpus in ("pairs", "lanes") and (data.stream or data.pack):
+    if objective.corpus not in ("joined", "ended") and (data.stream or data.pack):
         raise ValueError(
-            "data.stream and data.pack are not for pairs of sentences, which are chosen from the"
-            " whole text, nor for lanes, which it is divided into: drop them"
+            "data.stream and data.pack are not for rows that are chosen from the whole text (of"
+            " whole sentences, pairs of them, or lanes): drop them, or, of full sentences, set"
+            " --objective.no-full-sentences"
         )
     source = open_source(data)
     tokenizer = choose_tokenizer(data, source, tokenizer)
@@ -199,6 +201,8 @@ def corpus_of(tokenizer: Tokenizer, objective: Objective) -> Tokenizer | Ended |
             return tokenizer
         case "ended":
             return Ended(tokenizer)
+        case "sentences":
+            return Sentences(tokenizer, objective.lines, spaced=True)
         case "pairs" | "lanes":
             return Sentences(tokenizer, objective.lines)
 
@@ -228,6 +232,8 @@ def rows_of(
         return SentencePairs(store, tokenizer.eos_id, objective, seed)
     if objective.corpus == "lanes":
         return Lanes(store, tokenizer.eos_id, objective, batch)
+    if objective.corpus == "sentences":
+        return FullSentences(store, tokenizer.eos_id, objective.window)
     if data.pack:
         return PackedDocuments(store, objective.window, objective.sizes, objective.lengths)
     return Windows(store, objective.window)
@@ -243,6 +249,8 @@ def held_out_rows_of(
     """The rows to evaluate on; of text shorter than one example, a single shorter one."""
     if objective.corpus == "lanes":
         return Lanes(documents, tokenizer.eos_id, objective, batch, "validation")
+    if objective.corpus == "sentences":
+        return FullSentences(documents, tokenizer.eos_id, objective.window, "validation")
     if objective.corpus == "pairs":
         objective = dataclasses.replace(objective, copies=1)
     if data.pack or objective.corpus == "pairs":

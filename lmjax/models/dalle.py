@@ -23,6 +23,7 @@ then, in the paper float32.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -287,19 +288,23 @@ def joint_attention(
 ) -> Float[Array, "*B L C N H"]:
     """One softmax over the text [*B S N H], which all queries see, and the image keys of each line
     of queries [*B L K N H], which `mask` tells apart."""
-    by_text = jnp.einsum(
-        "...LCNH,...SNH->...NLCS", q, text.keys, preferred_element_type=jnp.float32
-    )
-    by_image = jnp.einsum(
-        "...LCNH,...LKNH->...NLCK", q, image.keys, preferred_element_type=jnp.float32
-    )
+    q = jnp.moveaxis(q, -2, -4)
+    text = KeyValue(*(x.swapaxes(-2, -3) for x in text))
+    image = KeyValue(*(jnp.moveaxis(x, -2, -4) for x in image))
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    by_text = product("...NLCH,...NSH->...NLCS", q, text.keys)
+    by_image = product("...NLCH,...NLKH->...NLCK", q, image.keys)
     by_image = jnp.where(mask, by_image, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(jnp.concatenate([by_text, by_image], axis=-1))
+
+    highest = jnp.maximum(by_text.max(-1, keepdims=True), by_image.max(-1, keepdims=True))
+    weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in (by_text, by_image)]
+    total = sum(x.sum(-1, keepdims=True) for x in weights)
     if rate > 0 and key is not None:
-        weights = drop(weights, rate, key)
-    of_text, of_image = jnp.split(weights.astype(q.dtype), [by_text.shape[-1]], axis=-1)
-    context = jnp.einsum("...NLCS,...SNH->...LCNH", of_text, text.values)
-    return context + jnp.einsum("...NLCK,...LKNH->...LCNH", of_image, image.values)
+        weights = [drop(x, rate, k) for x, k in zip(weights, jax.random.split(key), strict=True)]
+    on_text, on_image = (x.astype(q.dtype) for x in weights)
+    context = product("...NLCS,...NSH->...NLCH", on_text, text.values)
+    context += product("...NLCK,...NLKH->...NLCH", on_image, image.values)
+    return jnp.moveaxis((context / total).astype(q.dtype), -4, -2)
 
 
 def cached_attention(

@@ -180,6 +180,12 @@ def bart_denoising(
     return {"inputs": inputs, "targets": truth}
 
 
+def sentence_ends(tokenizer) -> np.ndarray:
+    """Of each id, whether it ends a sentence."""
+    # Not by encoding: SentencePiece's full stop has other ids within a text than by itself.
+    return np.array([tokenizer.decode([id]) in STOPS for id in range(tokenizer.vocab_size)])
+
+
 @dataclasses.dataclass(frozen=True)
 class BartDenoising:
     """Restore a damaged text; the defaults are those of the released models."""
@@ -237,8 +243,7 @@ class BartDenoising:
                 "denoising needs tokens that start a text and that hide words, and the tokenizer"
                 " lacks them: take one of BART's kind (--data.subwords byte_bpe or wordpiece)"
             )
-        # Not by encoding: SentencePiece's full stop has other ids within a text than by itself.
-        ends = np.array([tokenizer.decode([id]) in STOPS for id in range(tokenizer.vocab_size)])
+        ends = sentence_ends(tokenizer)
         if self.permute and not ends.any():
             raise ValueError(
                 "the tokenizer has no token for a full stop, so that sentences cannot be told"

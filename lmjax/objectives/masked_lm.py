@@ -7,18 +7,16 @@
 Paper: Liu et al. 2019, "RoBERTa", sections 4.1 and 4.2 (dynamic masking, no next sentence).
 Reference: fairseq, data/mask_tokens_dataset.py (`MaskTokensDataset`). As there, any token may be
 chosen, those at the ends among them, and how many is rounded at random to a mean of `rate`.
-
-Departure: rows are cut after a fixed number of tokens (documents joined, each ended by </s>), not
-at the end of the last sentence that fits.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
+
+from lmjax.objectives.objective import Corpus
 
 
 def masked_lm(
@@ -80,8 +78,11 @@ class MaskedLM:
     """Share of these that the model sees as they are."""
     replace: float = 0.1
     """Share of these that the model sees as some other word."""
-
-    corpus: ClassVar = "ended"
+    full_sentences: bool = True
+    """Rows end with the last sentence that fits (the paper's FULL-SENTENCES), not after a fixed
+    number of tokens. It needs the whole text, tokenized."""
+    lines: bool = False
+    """Each line of the text is a sentence; otherwise they are told by punctuation."""
 
     def __post_init__(self):
         if self.length < 3:
@@ -95,8 +96,12 @@ class MaskedLM:
             )
 
     @property
+    def corpus(self) -> Corpus:
+        return "sentences" if self.full_sentences else "ended"
+
+    @property
     def window(self) -> int:
-        """Tokens of text that make one example."""
+        """The most tokens of text that make one example."""
         return self.length - 2
 
     @property

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
-Corpus = Literal["joined", "ended", "pairs", "lanes"]
-"""Documents as they are; with an EOS after each document; with one after each sentence, to choose
-pairs of sentences from, or to be read in parallel lanes from one end to the other."""
+Corpus = Literal["joined", "ended", "sentences", "pairs", "lanes"]
+"""Documents as they are; with an EOS after each document; with one after each sentence, to fill
+rows with whole ones, to choose pairs from, or to be read in parallel lanes from one end to the
+other."""
 
 
 class Objective(Protocol):

@@ -62,7 +62,8 @@ class Permuted:
         return {"loss": metrics["nll"], "accuracy": metrics["accuracy"]}, extra
 
     def labels(self, params):
-        return decay_labels(params)
+        """The biases of queries decay, as the reference's `include_in_weight_decay` has it."""
+        return decay_labels(params, ("content_bias", "distance_bias", "segment_bias"))
 
     def flops(self, batch_shapes):
         return self.model.config.training_flops(*batch_shapes["inputs"], batch_shapes["targets"][1])

@@ -1,6 +1,6 @@
 """What training needs to know of a model and its objective, and nothing more."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -86,12 +86,14 @@ class Workload(NamedTuple):
     """The shapes of the global batch's arrays."""
 
 
-def decay_labels(params: Params) -> Any:
-    """Norm scales and biases, vectors within their layer, are "no_decay", all others "decay"."""
+def decay_labels(params: Params, decayed: Collection[str] = ()) -> Any:
+    """Norm scales and biases, vectors within their layer, are "no_decay", all others "decay", and
+    so are those of the names `decayed`."""
 
     def label(path, param) -> str:
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        return "no_decay" if name in ("scale", "bias") or name.endswith("_bias") else "decay"
+        exempt = name in ("scale", "bias") or name.endswith("_bias")
+        return "no_decay" if exempt and name not in decayed else "decay"
 
     return jax.tree.map_with_path(label, params)
 

@@ -3,6 +3,7 @@
 Every file is written under a temporary name and renamed, so a killed run leaves nothing half-made.
 A checkpoint holds four items: `params`, `ema` (where an average is kept), `training` (the rest of
 the state) and `info` (JSON: position in the data, metrics, ...). Parameters can be read alone.
+`info` has a checksum of each other item, for the format itself would not notice a flipped bit.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -267,8 +269,10 @@ class Checkpoints:
                 is left. Those already written stay as they are.
         """
         check_space(self.directory, state)
-        items = {item: ocp.args.StandardSave(tree) for item, tree in _items(state).items()}
-        args = ocp.args.Composite(info=ocp.args.JsonSave(info), **items)
+        items = _items(state)
+        info = {**info, _CHECKSUMS: {item: _checksum(tree) for item, tree in items.items()}}
+        saved = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
+        args = ocp.args.Composite(info=ocp.args.JsonSave(info), **saved)
         try:
             self._manager.save(step, args=args, metrics=metrics)
         except Exception as error:
@@ -287,7 +291,9 @@ class Checkpoints:
         Raises:
             CheckpointError: the checkpoint is of another model, or damaged.
         """
-        return self._read(_inspect, target, step)
+        info = self._read(_inspect, target, step)
+        info.pop(_CHECKSUMS, None)
+        return info
 
     def restore(self, target: TrainState, step: int) -> TrainState:
         """Reads the state of a step, laid out as the abstract `target` says.
@@ -392,8 +398,10 @@ def restore_params(
                     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
                 )
             _check_same(saved, target)
-            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
-            return manager.restore(step, args=args)[item]
+            args = {item: ocp.args.StandardRestore(target), "info": ocp.args.JsonRestore()}
+            found = manager.restore(step, args=ocp.args.Composite(**args))
+            _check_sum(found.info, item, found[item])
+            return found[item]
         except _Different as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {workdir} is of another model: {error}; use the"
@@ -466,9 +474,11 @@ def _inspect(manager: ocp.CheckpointManager, target: TrainState, step: int) -> d
 
 
 def _restore(manager: ocp.CheckpointManager, target: TrainState, step: int) -> TrainState:
-    _inspect(manager, target, step)
+    info = _inspect(manager, target, step)
     args = {item: ocp.args.StandardRestore(tree) for item, tree in _items(target).items()}
     items = manager.restore(step, args=ocp.args.Composite(**args))
+    for item in args:
+        _check_sum(info, item, items[item])
     parts = {"params": items.params} | {name: items.get(name) for name in _OPTIONAL}
     return TrainState(**items.training, **parts)
 
@@ -482,6 +492,47 @@ def _items(state: TrainState) -> dict[str, Any]:
     optional = {name: parts.pop(name) for name in _OPTIONAL}
     items = {"params": parts.pop("params"), "training": parts}
     return items | {name: tree for name, tree in optional.items() if tree is not None}
+
+
+_CHECKSUMS = "checksums"  # in a checkpoint's `info`
+
+
+def _check_sum(info: dict[str, Any], item: str, tree: Any) -> None:
+    """Raises ValueError if the arrays of an item are not those that were saved."""
+    saved = info.get(_CHECKSUMS, {}).get(item)  # older versions of the code wrote none
+    if saved is not None and saved != _checksum(tree):
+        raise ValueError(f"the numbers in {item} are not those that were saved")
+
+
+def _checksum(tree: Any) -> int:
+    """The sum of all arrays' words modulo 2**32, in whatever way they are divided over devices."""
+    host, device = [], []
+    for leaf in jax.tree.leaves(tree):
+        (host if isinstance(leaf, np.ndarray) else device).append(leaf)
+    total = sum(int(_words(leaf).sum(dtype=np.uint64)) for leaf in host)
+    if device:
+        total += int(np.asarray(_sum_of_words(device).addressable_data(0)))
+    return total % 2**32
+
+
+def _words(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(_word(array.dtype))
+
+
+@jax.jit
+def _sum_of_words(arrays: list[jax.Array]) -> jax.Array:
+    total = jnp.uint32(0)
+    for array in arrays:
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            array = jax.random.key_data(array)
+        words = jax.lax.bitcast_convert_type(array, _word(array.dtype))
+        total += words.astype(jnp.uint32).sum(dtype=jnp.uint32)
+    return total
+
+
+def _word(dtype: np.dtype) -> np.dtype:
+    """Unsigned numbers of at most 32 bits that the bits of this type are, one or more."""
+    return np.dtype(f"uint{8 * min(dtype.itemsize, 4)}")
 
 
 def differences(given: Any, wanted: Any) -> str:

@@ -167,12 +167,15 @@ class AdamW:
     bias_correction: bool = True
     """Divide the means by the weight of the gradients in them, as Adam does; BERT and XLNet were
     trained without (google-research/bert optimization.py)."""
+    variance_clip: float | None = None
+    """The most that a mean of squared gradients may be; 5 in DALL-E (Ramesh et al. 2021, B.2)."""
     layer_decay: float = 1.0
     """What part of a layer's learning rate the layer below it has; XLNet is fine-tuned with 0.75.
-    What is in no stack of layers has the whole rate."""
+    What is in no stack of layers has the whole rate. (XLNet's code scales gradients instead, which
+    Adam undoes.)"""
 
     def __post_init__(self):
-        _check_positive(self, "epsilon", "gradient_clip", "layer_decay")
+        _check_positive(self, "epsilon", "gradient_clip", "variance_clip", "layer_decay")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
@@ -190,13 +193,19 @@ class AdamW:
 
         def update(grads, state, params):
             rate = self.schedule(state.count)
-            directions, state = adam.update(grads, state)
-            if not self.bias_correction:
-                directions = jax.tree.map(
-                    lambda mean, square: mean / (jnp.sqrt(square) + self.epsilon),
-                    state.mu,
-                    state.nu,
-                )
+            _, state = adam.update(grads, state)
+            if self.variance_clip is not None:
+                clipped = jax.tree.map(lambda x: jnp.minimum(x, self.variance_clip), state.nu)
+                state = state._replace(nu=clipped)
+
+            def corrected(mean, decay):
+                return mean / (1 - decay**state.count) if self.bias_correction else mean
+
+            def direction(mean, square):
+                root = jnp.sqrt(corrected(square, self.beta2))
+                return corrected(mean, self.beta1) / (root + self.epsilon)
+
+            directions = jax.tree.map(direction, state.mu, state.nu)
 
             def scaled(direction, param, label, axes):
                 decay = self.weight_decay if label == "decay" else 0.0

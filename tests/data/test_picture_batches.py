@@ -132,7 +132,7 @@ def test_augmentation_is_an_option(folder):
 
 def damage(folder, *numbers):
     for number in numbers:
-        path = folder / "train" / f"{number:02}.png"
+        path = folder / ("val" if number < 2 else "train") / f"{number:02}.png"
         path.write_bytes(path.read_bytes()[:40])
 
 
@@ -159,8 +159,11 @@ def test_damaged_pictures_are_refused(folder):
 
 def test_nothing_but_damaged_pictures_is_said(folder):
     damage(folder, *range(2, 20))
-    with pytest.raises(ValueError, match="holds no picture that can be read"):
+    with pytest.raises(ValueError, match="holds no picture that can be read in its train split"):
         read(folder).batches.batch(0)
+    damage(folder, 0, 1)
+    with pytest.raises(ValueError, match="can be read in its validation split"):
+        read(folder)
 
 
 def test_too_few_rows_for_the_tokenizer(folder):
@@ -214,6 +217,17 @@ def test_code_stores_belong_to_pictures_and_model(folder):
     assert type(store.codes) is np.ndarray and store.readable.all()
     with pytest.raises(ValueError, match="holds the codes of other pictures"):
         CodeRows(splits["validation"], store)
+
+
+def test_what_a_store_lacks_is_said_or_refused_whenever_it_is_opened(folder, capsys):
+    damage(folder, 5, 6)
+    train = open_pictures(PictureData(folder=str(folder)))["train"]
+    for _ in range(2):  # made, and found in the cache
+        assert build_code_store(train, encode, "m", SIZE).readable.sum() == 16
+        said = capsys.readouterr().err
+        assert "left out: 2 of 18 pictures that cannot be read, the first of them" in said
+    with pytest.raises(ValueError, match=r"train/05.png \(.*\): mend or remove it, or set"):
+        build_code_store(train, encode, "m", SIZE, unusable="refuse")
 
 
 def test_bad_code_stores(folder, tmp_path):

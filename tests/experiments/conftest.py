@@ -41,7 +41,8 @@ def corpus(tmp_path_factory):
     )
     korean = "함수는 값의 배열을 돌려준다 축이 주어지면 오류를 낸다 새 배열의 모양은 같다".split()
     for name, words in {"english": english, "korean": korean}.items():
-        blocks = (" ".join(draw.choices(words, k=80)) for _ in range(150))
+        sentences = (" ".join(draw.choices(words, k=8)) + "." for _ in range(1_500))
+        blocks = map(" ".join, zip(*[sentences] * 10, strict=True))
         (directory / f"{name}.txt").write_text("\n\n".join(blocks), encoding="utf-8")
     return directory
 

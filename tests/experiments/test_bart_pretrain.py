@@ -58,6 +58,15 @@ def test_bad_settings_end_in_one_sentence(run, arguments, tmp_path, flags, words
     assert not (tmp_path / "w").exists()
 
 
+def test_text_without_sentences_has_none_to_permute(run, arguments, tmp_path):
+    (tmp_path / "list.txt").write_text("\n\n".join(f"item {i} of a list" for i in range(900)))
+    flags = ["--data.files", tmp_path / "list.txt", "--workdir", tmp_path / "w"]
+    done = run(PRETRAIN, *arguments, *flags, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "no document has a sentence end" in " ".join(done.stderr.split())
+    assert "--objective.permute 0" in done.stderr and not (tmp_path / "w").exists()
+
+
 @pytest.mark.full
 def test_the_default_run(run, tmp_path):
     began = time.monotonic()

@@ -1,13 +1,16 @@
 """DALL-E's stages one after the other, on emoji, small."""
 
+import dataclasses
 import io
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +18,13 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 import lmjax
+from experiments import clip_train, dalle_train, dvae_train
+from experiments.dalle_generate import DALLEGenerate, check_dvae, check_picture, trained
 from experiments.dalle_train import SAMPLES, sample_rows
+from lmjax.data.captions import CaptionedPictureData
 from lmjax.data.pixels import UnreadablePicture
+from lmjax.loading import TOKENIZER, describe
+from lmjax.tasks.dvae import HalfCosine
 from tests.experiments.conftest import ROOT, environment
 from tests.experiments.test_t5_pretrain import held_out
 from tests.sharding.test_multihost import free_port
@@ -136,7 +144,7 @@ def test_pictures_are_matched_drawn_and_ranked(run, stages, tmp_path):
 
     Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
     flags = ["--complete", tmp_path / "red.png", "--rows", 2, "--output", drawn]
-    run("experiments.dalle_generate", *places, *flags, "red square")
+    run("experiments.dalle_generate", *places, *flags, "--truncate", "red square " * 40)
     for flags, words in (
         (["--checkpoint", stages / "dvae", "x"], "holds a dvae, not a dalle"),
         (["--rows", 9, "--complete", tmp_path / "red.png", "x"], "--rows is 9"),
@@ -153,7 +161,7 @@ def test_pictures_are_matched_drawn_and_ranked(run, stages, tmp_path):
     ("flags", "words"),
     [
         (["--model.image-vocab", "64"], "has 32 codes on a grid of 4, and the model 64 on 4"),
-        (["--dvae", "absent"], "run `python -m experiments.dvae_train` first"),
+        (["--dvae", "absent"], "such --model options that it has 32 codes on a grid of 4"),
     ],
 )
 def test_dvaes_that_do_not_fit(run, stages, tmp_path, flags, words):
@@ -161,6 +169,43 @@ def test_dvaes_that_do_not_fit(run, stages, tmp_path, flags, words):
     failed = run("experiments.dalle_train", *arguments, check=False)
     assert failed.returncode != 0 and words in failed.stderr and "Traceback" not in failed.stderr
     assert not (tmp_path / "w").exists()
+
+
+def test_what_is_no_dvae_or_another_one_is_refused(stages):
+    with pytest.raises(ValueError, match="holds a clip, not a dvae"):
+        dalle_train.trained_dvae(str(stages / "clip"), dalle_train.EMOJI.model)
+    easel = types.SimpleNamespace(fingerprint=lambda: "another")
+    settings = DALLEGenerate(("x",), checkpoint=str(stages / "dalle"))
+    with pytest.raises(ValueError, match="is not the one that .*dalle was trained with"):
+        check_dvae(settings, easel)
+
+
+def test_clips_without_a_tokenizer(stages, tmp_path):
+    clip = shutil.copytree(stages / "clip", tmp_path / "clip")
+    (clip / TOKENIZER).unlink()
+    with pytest.raises(ValueError, match="--clip .* has no tokenizer"):
+        trained("clip", str(clip), "clip")
+    start, settings = describe(clip), dataclasses.replace(clip_train.EMOJI, init=str(clip))
+    with pytest.raises(ValueError, match="has no tokenizer: give .* as --data.tokenizer"):
+        settings.read(start, (0, 1))
+
+
+def test_what_is_found_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="--output name does not end as a file of pictures"):
+        DALLEGenerate(("x",), output=Path("name"))
+    (tmp_path / "text.png").write_text("no picture")
+    for name, reason in (("missing.png", "No such file"), ("text.png", "no picture")):
+        with pytest.raises(ValueError, match=rf"--complete .*/{name} cannot be read \({reason}"):
+            check_picture(tmp_path / name)
+
+
+def test_settings_that_would_do_nothing():
+    with pytest.raises(ValueError, match="codes are made once, of the middle of each picture"):
+        dataclasses.replace(dalle_train.EMOJI, data=CaptionedPictureData(augment=True))
+    nearest = dataclasses.replace(dvae_train.EMOJI.model, nearest=True)
+    vq_vae = dataclasses.replace(dvae_train.EMOJI, model=nearest)
+    with pytest.raises(ValueError, match="--model.nearest makes a VQ-VAE"):
+        dataclasses.replace(vq_vae, beta=HalfCosine(0, 1, 10))
 
 
 @pytest.mark.full

@@ -100,6 +100,33 @@ def test_the_largest_model_on_a_pod_of_2048_cores(tmp_path):
     assert found["fits"] and found["bytes_per_device"] < 1.2e9
 
 
+def test_compressed_gradients_are_planned(tmp_path):
+    """PowerSGD sums matrices of `rows + columns` by the rank in place of a layer's kernels."""
+    tiny = """dalle_train --model.text-vocab 64 --model.text-length 8 --model.image-vocab 32
+    --model.grid 4 --model.layers 1 --model.width 64 --model.heads 4 --model.feed-forward 256
+    --model.conv-extent 3 --data.vocab-size 64 --batch 4 --topology cpu:4 --strategy dp""".split()
+    whole, _ = report(tmp_path / "whole.json", *tiny)
+    small, _ = report(tmp_path / "small.json", *tiny, "--compress", "2")
+    sent, less = (
+        sum(axes["data"] for axes in found["collective_bytes"].values()) for found in (whole, small)
+    )
+    ring = 2 * 3 / 4 * 4  # bytes that each of four devices sends of a float32
+    saved = 4 * (64 * 64 - 2 * (64 + 64)) + 2 * (64 * 256 - 2 * (64 + 256))
+    assert sent == pytest.approx(ring * whole["parameters"], rel=0.01)
+    assert less == pytest.approx(ring * (whole["parameters"] - saved), rel=0.01)
+
+
+@pytest.mark.full
+def test_the_dalle_of_the_paper_on_a_pod(tmp_path):
+    pytest.importorskip("libtpu")
+    found, _ = report(
+        tmp_path / "12b.json",
+        *"--experiment dalle_train --preset paper --topology v4:8x8x16".split(),
+    )
+    assert found["parameters"] == 12_293_824_256
+    assert found["devices"] == 1_024 and found["fits"]
+
+
 def test_what_does_not_fit_says_so(tmp_path):
     found, printed = report(
         tmp_path / "3b.json", "t5_pretrain", "--preset", "3b", "--batch", "4",

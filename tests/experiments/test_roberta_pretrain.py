@@ -33,7 +33,7 @@ def test_learns_shows_what_and_goes_on_elsewhere(run, arguments, tmp_path):
 
 
 def test_packs_documents_of_wordpiece(run, arguments, tmp_path):
-    flags = ["--data.subwords", "wordpiece", "--data.pack"]
+    flags = ["--data.subwords", "wordpiece", "--data.pack", "--objective.no-full-sentences"]
     run(PRETRAIN, *arguments, *flags, "--steps", 60, "--workdir", tmp_path / "w")
     losses = held_out(tmp_path / "w")
     assert losses[-1] < losses[0] - 0.4
@@ -45,6 +45,7 @@ def test_packs_documents_of_wordpiece(run, arguments, tmp_path):
         (["--objective.length", "65"], ["--objective.length is 65", "64 positions"]),
         (["--model.kind", "pretraining"], ["--model.kind is pretraining"]),
         (["--data.subwords", "unigram"], ["a mask", "--data.subwords byte_bpe"]),
+        (["--data.stream"], ["whole text", "--objective.no-full-sentences"]),
     ],
 )
 def test_bad_settings_end_in_one_sentence(run, arguments, tmp_path, flags, words):

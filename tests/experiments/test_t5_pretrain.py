@@ -6,7 +6,9 @@ import time
 import pytest
 
 import lmjax
+from experiments import t5_generate
 from lmjax.interop.t5 import save_pretrained
+from lmjax.models.gpt2 import GPT2, GPT2Config
 from tests.experiments.conftest import ROOT, SMALL, environment
 
 PRETRAIN = "experiments.t5_pretrain"
@@ -167,3 +169,11 @@ def test_the_default_run(run, tmp_path):
     print(done.stdout, f"{time.monotonic() - began:.0f} s")
     losses = held_out(tmp_path / "w")
     assert losses[-1] < losses[0] - 3
+
+
+def test_only_a_t5_fills_gaps(monkeypatch):
+    model = GPT2(GPT2Config())
+    monkeypatch.setattr(lmjax, "load", lambda *_, **__: (model, {}, None))
+    monkeypatch.setattr("sys.argv", ["t5_generate", "--checkpoint", "runs/gpt2", "a text"])
+    with pytest.raises(ValueError, match="runs/gpt2 holds a GPT2, and only a T5 fills gaps"):
+        t5_generate.main()

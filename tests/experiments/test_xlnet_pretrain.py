@@ -62,6 +62,7 @@ def test_without_a_memory_and_in_one_direction(run, arguments, tmp_path):
         (["--objective.length", "20000"], ["do not fill 4 lanes", "--objective.length"]),
         (["--data.subwords", "unigram"], ["--data.subwords xlnet_unigram"]),
         (["--data.pack"], ["lanes", "drop"]),
+        (["--model.memory", "100000"], ["--model.memory is 100,000", "lanes has only"]),
     ],
 )
 def test_bad_settings_end_in_one_sentence(run, arguments, tmp_path, flags, words):

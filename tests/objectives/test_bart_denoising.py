@@ -1,3 +1,6 @@
+import functools
+import math
+
 import numpy as np
 import pytest
 
@@ -175,6 +178,122 @@ def test_what_hides_does_not_depend_on_what_is_hidden():
         other = np.where(gone, 7_777, TEXT)
         again = hide_words(other, STARTS, 0.3, rng(seed), mask=MASK, mean_span=3.0)
         np.testing.assert_array_equal(again, out)
+
+
+NOISE = {"bos": BOS, "eos": EOS, "mask": MASK, "words": WORDS}
+
+
+def test_the_noise_does_not_depend_on_what_is_hidden():
+    """All of it, as it is by default: each id has a twin of its kind, which is put in its place
+    where it is hidden."""
+    hide = functools.partial(
+        bart_denoising,
+        settings=BartDenoising(),
+        word_starts=np.tile(np.arange(IDS) % 2 == 0, 2),
+        sentence_ends=np.tile(STOPS, 2),
+        **NOISE,
+    )
+    stops = 0
+    for seed in range(50):
+        example = hide(WORDS, rng(seed))
+        gone = ~np.isin(WORDS, example["inputs"])
+        again = hide(np.where(gone, WORDS + IDS, WORDS), rng(seed))
+        np.testing.assert_array_equal(again["inputs"], example["inputs"])
+        assert (again["targets"] != example["targets"]).sum() == gone.sum() > 20
+        stops += STOPS[WORDS[gone]].sum()
+    assert stops > 20  # sentences end there all the same
+
+
+# --- the paper's example, its noise told again in plain words
+
+FIGURE = {"<s>": BOS, "</s>": EOS, "_": MASK, "A": 5, "B": 6, "C": 7, ".": 8, "D": 9, "E": 10}
+NAMES = {id: name for name, id in FIGURE.items()}
+LINE = "A B C . D E .".split()
+
+
+def sentence_permutation(draw):
+    return [word for i in draw.permutation(2) for word in (LINE[:4], LINE[4:])[i]]
+
+
+def document_rotation(draw):
+    draw.random()  # whether to rotate
+    first = draw.integers(1, len(LINE) + 1)
+    return LINE[first - 1 :] + LINE[: first - 1]
+
+
+def token_masking(draw, *, delete=False):
+    places = set(draw.permutation(7)[:2])
+    line = ["_" if i in places else word for i, word in enumerate(LINE)]
+    return [word for word in line if word != "_" or not delete]
+
+
+def text_infilling(draw, *, starts="ABC.DE."):
+    """Spans may overlap; those of no words are put in last."""
+    firsts = [i for i, word in enumerate(LINE) if word in starts]
+    budget = math.ceil(0.25 * len(firsts))
+    drawn = list(draw.poisson(1.0, budget))
+    while sum(drawn) < budget:
+        drawn += list(draw.poisson(1.0, budget))
+    lengths = []
+    while sum(lengths) < budget:
+        lengths.append(min(drawn[len(lengths)], budget - sum(lengths)))
+    inserted, lengths = lengths.count(0), [length for length in lengths if length]
+    line, kept = list(LINE), [True] * 7
+    begins = [firsts[i] for i in draw.permutation(len(firsts))[: len(lengths)]]
+    for place, left in zip(begins, lengths, strict=True):
+        line[place] = "_"
+        while place + 1 < 7:
+            place += 1
+            left -= LINE[place] in starts
+            if left == 0:
+                break
+            kept[place] = False
+    line = [word for word, keep in zip(line, kept, strict=True) if keep]
+    inserted = min(inserted, 7 - len(line))  # ours: no text gets longer
+    if inserted:
+        for place in sorted(draw.permutation(len(line) + inserted)[:inserted]):
+            line.insert(place, "_")
+    return line
+
+
+NO_NOISE = {"infill": 0.0, "permute": 0.0, "substitute": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "retold", "figure"),
+    [
+        ({"mask": 0.25}, token_masking, "A _ C . _ E ."),
+        ({"delete": 0.25}, functools.partial(token_masking, delete=True), "A C . E ."),
+        ({"permute": 1.0}, sentence_permutation, "D E . A B C ."),
+        ({"rotate": 1.0}, document_rotation, "C . D E . A B"),
+        ({"infill": 0.25, "mean_span": 1.0}, text_infilling, "A _ . D _ E ."),
+        (  # full stops belong to the words before them, as in GPT-2's vocabulary
+            {"infill": 0.25, "mean_span": 1.0},
+            functools.partial(text_infilling, starts="ABCDE"),
+            "A _ D _ E .",
+        ),
+    ],
+    ids=["masking", "deletion", "permutation", "rotation", "infilling", "infilling, whole words"],
+)
+def test_the_papers_example(settings, retold, figure):
+    """Lewis et al. 2020, figure 2, is among what the steps of fairseq's denoising_dataset.py give:
+    `add_whole_word_mask`, `permute_sentences`, `add_rolling_noise`, `add_insertion_noise`."""
+    starts = getattr(retold, "keywords", {}).get("starts", "ABC.DE.")
+    ids = np.arange(11)
+    noise = functools.partial(
+        bart_denoising,
+        np.array([FIGURE[word] for word in LINE]),
+        settings=BartDenoising(**NO_NOISE | settings),
+        word_starts=np.isin(ids, [FIGURE[word] for word in starts]),
+        sentence_ends=ids == FIGURE["."],
+        **NOISE,
+    )
+    seen = set()
+    for seed in range(2_000):
+        start, *found, end = (NAMES[id] for id in noise(rng(seed))["inputs"])
+        assert (start, found, end) == ("<s>", retold(rng(seed)), "</s>"), seed
+        seen.add(" ".join(found))
+    assert figure in seen
 
 
 def test_bound_to_a_tokenizer_english_and_korean():

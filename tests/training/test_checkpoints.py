@@ -157,6 +157,40 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_is_not_touched(tmp_
     assert restore_params(tmp_path)["decoder"]["kernel"][0, 0] == 1
 
 
+def flip(file, bit):
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("item", ["params", "training"])
+def test_a_flipped_bit_of_an_array_is_noticed(tmp_path, item):
+    """Zarr and zstd keep no checksum of what they could not compress, as weights are."""
+    noise = jax.random.normal(jax.random.key(2), (200, 200))
+    noisy = state(0)._replace(params={"kernel": noise}, opt_state=(noise, ()))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), noisy
+    )
+    claim_workdir(tmp_path, "toy", {}, {})
+    with Checkpoints(tmp_path, keep=9) as saver:
+        for step in (1, 2):
+            saver.save(step, noisy, {})
+    files = (tmp_path / "checkpoints" / "2" / item).rglob("d/*")
+    flip(max(files, key=lambda path: path.stat().st_size), 8 * 100_000 + 3)
+    saver = Checkpoints(tmp_path, keep=9)
+    with pytest.raises(
+        CheckpointError, match=f"damaged .*numbers in {item}.*last good one is step 1"
+    ):
+        saver.restore(shapes, 2)
+    np.testing.assert_array_equal(saver.restore(shapes, 1).params["kernel"], noise)
+    saver.close()
+    if item == "params":
+        with pytest.raises(CheckpointError, match="damaged"):
+            restore_params(tmp_path, step=2)
+    host = restore_params(tmp_path, {"kernel": np.zeros_like(noise)}, step=1)
+    np.testing.assert_array_equal(host["kernel"], noise)
+
+
 def test_a_checkpoint_of_another_model_is_told_by_its_shapes(tmp_path):
     run_with(tmp_path, [1])
     expected = (

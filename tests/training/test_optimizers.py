@@ -4,8 +4,11 @@ import numpy as np
 import optax
 import pytest
 
+from lmjax.models.t5 import PRESETS, T5
+from lmjax.tasks.seq2seq import Seq2Seq
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.schedules import Constant, InverseSquareRoot, Linear
+from lmjax.training.state import abstract_parameters
 
 STEPS = 25
 AXES = {
@@ -152,8 +155,36 @@ def test_adafactor_statistics_are_factored_as_in_t5(axes, shape, expected):
     assert {m.dtype for m in moments} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("corrected", [True, False])
-def test_adamw_follows_the_formulas_and_decays_what_is_labelled(corrected):
+@pytest.mark.parametrize(
+    ("preset", "width", "heads", "head_width", "feed_forward", "layers"),
+    [("small", 512, 8, 64, 2_048, 6), ("11b", 1_024, 128, 128, 65_536, 24)],
+)
+def test_the_statistics_of_the_published_t5(preset, width, heads, head_width, feed_forward, layers):
+    """Of each layer a row and a column, as mesh_tensorflow/optimize.py has them (`_factored_dims`);
+    sizes are Raffel et al. 2020, section 3.7."""
+    params, axes = abstract_parameters(Seq2Seq(T5(PRESETS[preset])))
+    optimizer = Adafactor().transformation(axes, jax.tree.map(lambda _: "decay", params))
+    moments = jax.eval_shape(optimizer.init, params).moments
+    expected = {
+        "embedding": [(32_128,), (width,)],
+        "final_norm": [(width,)],
+        "relative_bias": [(32, heads)],  # even 128 heads: there are only 32 buckets
+        "query": [(layers, width), (layers, heads * head_width)],
+        "out": [(layers, heads * head_width), (layers, width)],
+        "up": [(layers, width), (layers, feed_forward)],
+        "down": [(layers, feed_forward), (layers, width)],
+        "attention_norm": [(layers, width)],
+        "feed_forward_norm": [(layers, width)],
+    }
+    for stack in ("encoder", "decoder"):
+        parts = {**moments, **moments[stack], **moments[stack]["layers"]}
+        parts |= parts["attention"] | parts["feed_forward"]
+        found = {name: [x.shape for x in jax.tree.leaves(parts[name])] for name in expected}
+        assert found == expected, stack
+
+
+@pytest.mark.parametrize(("corrected", "most"), [(True, None), (False, None), (True, 0.3)])
+def test_adamw_follows_the_formulas_and_decays_what_is_labelled(corrected, most):
     params, grads = trajectory()
     labels = {**labelled(params), "vector": "no_decay", "wide": "no_decay"}
     settings = AdamW(
@@ -163,6 +194,7 @@ def test_adamw_follows_the_formulas_and_decays_what_is_labelled(corrected):
         epsilon=1e-3,
         beta2=0.9,
         bias_correction=corrected,
+        variance_clip=most,
     )
     ours, _ = run(settings, params, grads, labels=labels)
     for name, start in params.items():
@@ -170,7 +202,7 @@ def test_adamw_follows_the_formulas_and_decays_what_is_labelled(corrected):
         m, v = np.zeros_like(param), np.zeros_like(param)
         for t, grad in enumerate(grads):
             g = np.array(grad[name], np.float64)
-            m, v = 0.9 * m + 0.1 * g, 0.9 * v + 0.1 * g**2
+            m, v = 0.9 * m + 0.1 * g, np.minimum(0.9 * v + 0.1 * g**2, most or np.inf)
             weight = 1 - 0.9 ** (t + 1) if corrected else 1
             step = m / weight / (np.sqrt(v / weight) + 1e-3)
             decay = 0.1 if labels[name] == "decay" else 0.0
