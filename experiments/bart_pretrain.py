@@ -15,10 +15,10 @@ The first trains `mini` on the documentation installed on this machine: about fo
 CPU cores; then it restores a few held-out texts. The same command, run again, continues the run in
 --workdir.
 
-`base` and `large` are the published models with the released recipe: 500,000 steps of 8,000 rows of
-512 tokens, each document by itself, Adam with decay 0.01, clipping at 0.1 and a linear decay from
-4e-4 after 10,000 steps of warm-up. Their text and their tokenizer (vocab.json and merges.txt, or
-tokenizer.json) are yours to give.
+`base` and `large` are the published models with the released recipe and the paper's batch: 500,000
+steps of 8,000 rows of 512 tokens, each document by itself, Adam with decay 0.01, clipping at 0.1
+and a linear decay from 4e-4 after 10,000 steps of warm-up. Their text and their tokenizer
+(vocab.json and merges.txt, or tokenizer.json) are yours to give.
 """
 
 import dataclasses

@@ -88,12 +88,13 @@ PUBLISHED = CLIPTrain(
     model=clip.PRESETS["vit-b-32"],
     data=CaptionedPictureData(language="en", vocab_size=49_408),
     optimizer=AdamW(
-        Cosine(5e-4, horizon=390_000, warmup=2_000, final_fraction=0.0),
+        Cosine(5e-4, horizon=390_625, warmup=2_000, final_fraction=0.0),
+        gradient_clip=None,
         beta2=0.98,
         weight_decay=0.2,
     ),
     batch=32_768,
-    steps=390_000,
+    steps=390_625,  # 32 epochs of 400 million pairs
     workdir=Path("runs/clip-vit-b-32"),
     execution=ExecutionOptions(remat="full"),
     fit=FitOptions(log_every=50, eval_every=1_000, checkpoint_every=1_000),

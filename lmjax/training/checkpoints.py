@@ -425,8 +425,8 @@ def check_space(directory: Path, state: Any) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(
-            f"no space for a checkpoint in {directory}: it takes {needed / 1e9:.1f} GB and"
-            f" {free / 1e9:.1f} GB are free; make room (or keep fewer checkpoints) and run again"
+            f"no space for a checkpoint in {directory}: it takes {needed / 1e6:,.0f} MB and"
+            f" {free / 1e6:,.0f} MB are free; make room (or keep fewer checkpoints) and run again"
         )
 
 

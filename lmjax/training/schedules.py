@@ -48,7 +48,7 @@ class Linear:
     """The learning rate at the horizon."""
     from_start: bool = False
     """The line falls from `peak` at step 0, and the warm-up only cuts off its beginning, as in the
-    reference code of BERT and XLNet."""
+    reference code of BERT."""
 
     def __post_init__(self):
         _check_rate("peak", self.peak)

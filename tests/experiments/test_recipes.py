@@ -202,10 +202,10 @@ DALLE = Recipe(
 )
 CLIP = Recipe(
     adamw(0.9, 0.98, epsilon=1e-6, weight_decay=0.2, bias_correction=True),
-    {1_000: 2.5e-4, 2_000: 5e-4, 196_000: 2.5e-4, 390_000: 0.0},
+    {1_000: 2.5e-4, 2_000: 5e-4, 390_625: 0.0},
     {
         "batch": 32_768,
-        "steps": 390_000,  # 32 epochs of 400 million pairs
+        "steps": 390_625,  # 32 epochs of 400 million pairs
         "average": None,
         "model.size": 224,
         "model.positions": 77,
