@@ -146,6 +146,10 @@ def planned(settings, topology):
         options=settings.mesh,
         devices=topology.devices,
     )
+    described = abstract_parameters(task)
+    notes = list(layout.summary(*described))
+    if settings.compression is not None:
+        notes.append(settings.compression.summary(*described))
     return plan_step(
         prepare(
             task,
@@ -159,7 +163,7 @@ def planned(settings, topology):
         topology,
         model_flops=task.flops({name: x.shape for name, x in batch.items()}),
         steps=settings.steps,
-        notes=layout.summary(*abstract_parameters(task)),
+        notes=notes,
     )
 
 

@@ -331,9 +331,10 @@ def model_of(start: Description, settings: Run, presets: Mapping[str, Run]) -> A
     model = with_its_dropout(start.config)
     untouched = [with_its_dropout(preset.model) for preset in presets.values()]
     if settings.model not in (model, *untouched):
+        changes = changed_fields(as_json(model), as_json(settings.model))
         raise ValueError(
-            f"--model says {settings.model} but {settings.init} holds {start.config}: drop the"
-            " --model options (but for --model.dropout), or --init"
+            f"the --model options ask for another model than {settings.init} holds"
+            f" ({', '.join(changes)}): drop them (but for --model.dropout), or --init"
         )
     return model
 

@@ -196,6 +196,8 @@ def fit(
         _print(parameter_summary(target.params))
         if layout.mesh.size > 1:
             _print("\n  ".join(layout.summary(*abstract_parameters(task))))
+        if compression is not None:
+            _print(f"  {compression.summary(*abstract_parameters(task))}")
         _print(memory_summary(target))
 
         # The large arrays come last: whatever can be wrong is found before.

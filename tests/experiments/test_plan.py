@@ -106,7 +106,7 @@ def test_compressed_gradients_are_planned(tmp_path):
     --model.grid 4 --model.layers 1 --model.width 64 --model.heads 4 --model.feed-forward 256
     --model.conv-extent 3 --data.vocab-size 64 --batch 4 --topology cpu:4 --strategy dp""".split()
     whole, _ = report(tmp_path / "whole.json", *tiny)
-    small, _ = report(tmp_path / "small.json", *tiny, "--compress", "2")
+    small, printed = report(tmp_path / "small.json", *tiny, "--compress", "2")
     sent, less = (
         sum(axes["data"] for axes in found["collective_bytes"].values()) for found in (whole, small)
     )
@@ -114,6 +114,8 @@ def test_compressed_gradients_are_planned(tmp_path):
     saved = 4 * (64 * 64 - 2 * (64 + 64)) + 2 * (64 * 256 - 2 * (64 + 256))
     assert sent == pytest.approx(ring * whole["parameters"], rel=0.01)
     assert less == pytest.approx(ring * (whole["parameters"] - saved), rel=0.01)
+    numbers = f"PowerSGD of rank 2: sums {whole['parameters'] - saved:,} numbers along data"
+    assert numbers in " ".join(printed.split())
 
 
 @pytest.mark.full
