@@ -216,8 +216,15 @@ def test_the_default_runs(run, tmp_path):
         run(
             "experiments.dalle_train", "--workdir", tmp_path / "dalle", "--dvae", tmp_path / "dvae"
         ).stdout,
-    ]
-    print(*output, f"{time.monotonic() - began:.0f} s")
+        run(
+            "experiments.dalle_generate", "--checkpoint", tmp_path / "dalle",
+            "--dvae", tmp_path / "dvae", "--output", tmp_path / "drawings.png",
+            "avocado", "아보카도", "red heart", "빨간색 하트",
+        ).stdout,
+    ]  # fmt: skip
+    minutes = (time.monotonic() - began) / 60
+    print(*output, f"{minutes:.1f} minutes")
+    assert minutes < 20 and (tmp_path / "drawings.png").stat().st_size > 10_000
     lines = (tmp_path / "dvae" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["eval_psnr"] >= 20
     told_apart = re.findall(
