@@ -137,7 +137,9 @@ def check_dvae(settings: DALLEGenerate, easel: Easel) -> None:
 
 def trained(flag: str, place: str, kind: str):
     """(model, parameters, tokenizer); ValueError where there is none of this kind."""
-    if place == getattr(DALLEGenerate, flag) and not Path(place).exists():
+    # Another name may be that of a repository.
+    surely_a_path = place == getattr(DALLEGenerate, flag) or Path(place).is_absolute()
+    if surely_a_path and not Path(place).exists():
         raise ValueError(
             f"--{flag} {place} is not there: run `python -m experiments.{kind}_train` first, or"
             " give the workdir of such a run"
