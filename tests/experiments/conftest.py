@@ -47,8 +47,8 @@ def corpus(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def run(cache, tmp_path):
+@pytest.fixture(scope="session")
+def run(cache):
     """Runs `python -m MODULE ARGUMENTS...` from the repository's root."""
 
     def run(module, *arguments, check=True, **options):

@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -40,43 +41,64 @@ CLIP = """--model.size 16 --model.patch 8 --model.picture-layers 1 --model.pictu
 --data.vocab-size 600 --batch 16 --eval-batches 2 --fit.eval-every 20""".split()
 
 
+class Stage(NamedTuple):
+    """A finished run."""
+
+    workdir: Path
+    printed: str
+
+
 @pytest.fixture(scope="module")
-def stages(cache, tmp_path_factory):
-    return tmp_path_factory.mktemp("stages")
+def dvae(run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("stages") / "dvae"
+    done = run("experiments.dvae_train", *DVAE, "--steps", 60, "--workdir", workdir)
+    return Stage(workdir, done.stdout)
 
 
-def test_pictures_through_codes(run, stages):
-    done = run("experiments.dvae_train", *DVAE, "--steps", 60, "--workdir", stages / "dvae")
-    losses = held_out(stages / "dvae")
+@pytest.fixture(scope="module")
+def dalle(run, dvae):
+    """With an average of the weights, on codes made ahead."""
+    workdir = dvae.workdir.parent / "dalle"
+    arguments = [*DALLE, "--dvae", dvae.workdir]
+    made = run("experiments.dalle_tokenize", *arguments).stdout
+    arguments += ["--workdir", workdir, "--average", 0.5]
+    done = run("experiments.dalle_train", *arguments, "--steps", 40)
+    return Stage(workdir, made + done.stdout)
+
+
+@pytest.fixture(scope="module")
+def clip(run, dvae):
+    workdir = dvae.workdir.parent / "clip"
+    done = run("experiments.clip_train", *CLIP, "--steps", 40, "--workdir", workdir)
+    return Stage(workdir, done.stdout)
+
+
+def test_pictures_through_codes(dvae):
+    losses = held_out(dvae.workdir)
     assert losses[-1] < losses[0]
-    assert "codes are in use" in done.stdout
-    assert Image.open(stages / "dvae" / "reconstructions.png").width > 500
-    assert (stages / "dvae" / "codes.png").exists()
-    model, params, tokenizer = lmjax.load(stages / "dvae")
+    assert "codes are in use" in dvae.printed
+    assert Image.open(dvae.workdir / "reconstructions.png").width > 500
+    assert (dvae.workdir / "codes.png").exists()
+    model, params, tokenizer = lmjax.load(dvae.workdir)
     assert tokenizer is None and model.config.codes == 32
     codes = model.apply({"params": params}, np.zeros((1, 16, 16, 3)), method="encode")
     assert codes.shape == (1, 4, 4, 32)
-    assert pictures_shown(stages / "dvae", "reconstructions") == [20, 40, 60]
+    assert pictures_shown(dvae.workdir, "reconstructions") == [20, 40, 60]
 
 
-def test_captions_to_pictures(run, stages):
-    """With an average of the weights, on codes made ahead."""
-    arguments = [*DALLE, "--dvae", stages / "dvae"]
-    made = run("experiments.dalle_tokenize", *arguments)
-    assert "3,792 of 3,792 pictures as 16 codes" in made.stdout
-    arguments += ["--workdir", stages / "dalle", "--average", 0.5]
-    done = run("experiments.dalle_train", *arguments, "--steps", 40)
-    losses = held_out(stages / "dalle")
+def test_captions_to_pictures(dalle):
+    assert "3,792 of 3,792 pictures as 16 codes" in dalle.printed
+    losses = held_out(dalle.workdir)
     assert losses[-1] < losses[0] - 0.5
-    assert done.stdout.count("nearest to its own original") == 4
-    assert Image.open(stages / "dalle" / "samples.png").height > 1_000
-    assert pictures_shown(stages / "dalle", "samples") == [20, 40]
+    assert dalle.printed.count("nearest to its own original") == 4
+    assert Image.open(dalle.workdir / "samples.png").height > 1_000
+    assert pictures_shown(dalle.workdir, "samples") == [20, 40]
 
 
-def test_of_two_processes_one_shows_what_both_have_learned(cache, stages, tmp_path):
+def test_of_two_processes_one_shows_what_both_have_learned(cache, dvae, tmp_path):
     """Each has a part of the parameters, and reads the dVAE for itself."""
     command = [sys.executable, "-m", "experiments.dalle_train", *DALLE, "--steps", "2"]
-    command += ["--dvae", stages / "dvae", "--workdir", tmp_path / "w", "--strategy", "fsdp"]
+    command += ["--dvae", dvae.workdir, "--workdir", tmp_path / "w", "--strategy", "fsdp"]
     address = f"127.0.0.1:{free_port()}"
     command += ["--distributed.coordinator", address, "--distributed.processes", "2"]
     both = [
@@ -131,11 +153,9 @@ def pictures_shown(workdir, name) -> list[int]:
     return sorted(steps)
 
 
-def test_pictures_are_matched_drawn_and_ranked(run, stages, tmp_path):
-    done = run("experiments.clip_train", *CLIP, "--steps", 40, "--workdir", stages / "clip")
-    assert "among the first five" in done.stdout
-    places = [f"--{name}" for name in ("checkpoint", "dvae", "clip")]
-    places = [x for pair in zip(places, (stages / n for n in ("dalle", "dvae", "clip"))) for x in pair]  # fmt: skip # noqa: E501, B905
+def test_pictures_are_matched_drawn_and_ranked(run, dvae, dalle, clip, tmp_path):
+    assert "among the first five" in clip.printed
+    places = ["--checkpoint", dalle.workdir, "--dvae", dvae.workdir, "--clip", clip.workdir]
     drawn = tmp_path / "drawn.png"
     flags = ["--samples", 6, "--shown", 3, "--rerank", "clip", "--output", drawn]
     done = run("experiments.dalle_generate", *places, *flags, "avocado", "아보카도")
@@ -146,9 +166,12 @@ def test_pictures_are_matched_drawn_and_ranked(run, stages, tmp_path):
     flags = ["--complete", tmp_path / "red.png", "--rows", 2, "--output", drawn]
     run("experiments.dalle_generate", *places, *flags, "--truncate", "red square " * 40)
     for flags, words in (
-        (["--checkpoint", stages / "dvae", "x"], "holds a dvae, not a dalle"),
+        (["--checkpoint", dvae.workdir, "x"], "holds a dvae, not a dalle"),
         (["--rows", 9, "--complete", tmp_path / "red.png", "x"], "--rows is 9"),
-        (["--checkpoint", stages / "absent", "x"], "run `python -m experiments.dalle_train` first"),
+        (
+            ["--checkpoint", tmp_path / "absent", "x"],
+            "run `python -m experiments.dalle_train` first",
+        ),
         ([" "], "none without words"),
         (["x" * 100], "has 100 tokens"),
     ):
@@ -164,24 +187,24 @@ def test_pictures_are_matched_drawn_and_ranked(run, stages, tmp_path):
         (["--dvae", "absent"], "such --model options that it has 32 codes on a grid of 4"),
     ],
 )
-def test_dvaes_that_do_not_fit(run, stages, tmp_path, flags, words):
-    arguments = [*DALLE, "--dvae", stages / "dvae", *flags, "--workdir", tmp_path / "w"]
+def test_dvaes_that_do_not_fit(run, dvae, tmp_path, flags, words):
+    arguments = [*DALLE, "--dvae", dvae.workdir, *flags, "--workdir", tmp_path / "w"]
     failed = run("experiments.dalle_train", *arguments, check=False)
     assert failed.returncode != 0 and words in failed.stderr and "Traceback" not in failed.stderr
     assert not (tmp_path / "w").exists()
 
 
-def test_what_is_no_dvae_or_another_one_is_refused(stages):
+def test_what_is_no_dvae_or_another_one_is_refused(dalle, clip):
     with pytest.raises(ValueError, match="holds a clip, not a dvae"):
-        dalle_train.trained_dvae(str(stages / "clip"), dalle_train.EMOJI.model)
+        dalle_train.trained_dvae(str(clip.workdir), dalle_train.EMOJI.model)
     easel = types.SimpleNamespace(fingerprint=lambda: "another")
-    settings = DALLEGenerate(("x",), checkpoint=str(stages / "dalle"))
+    settings = DALLEGenerate(("x",), checkpoint=str(dalle.workdir))
     with pytest.raises(ValueError, match="is not the one that .*dalle was trained with"):
         check_dvae(settings, easel)
 
 
-def test_clips_without_a_tokenizer(stages, tmp_path):
-    clip = shutil.copytree(stages / "clip", tmp_path / "clip")
+def test_clips_without_a_tokenizer(clip, tmp_path):
+    clip = shutil.copytree(clip.workdir, tmp_path / "clip")
     (clip / TOKENIZER).unlink()
     with pytest.raises(ValueError, match="--clip .* has no tokenizer"):
         trained("clip", str(clip), "clip")
