@@ -73,14 +73,15 @@ class PowerSGD:
         return found
 
     def summary(self, params: Params, axes: Any) -> str:
-        """In words, how much less is sent."""
+        """In words, how much less is sent; the factors are not divided over other axes, as parameters
+        may be, so that dividing these takes from what is saved."""
         matrices = self.matrices(params, axes).values()
         whole = sum(x.size for x in jax.tree.leaves(params))
         factors = sum(self.rank * x.size // x.shape[i] for x in matrices for i in (-1, -2))
         sent = whole - sum(x.size for x in matrices) + factors
         return (
             f"PowerSGD of rank {self.rank:,}: sums {sent:,} numbers along {COMPRESSED_AXIS} in"
-            f" place of {whole:,}, {1 - sent / whole:.0%} fewer"
+            f" place of {whole:,}, {1 - sent / whole:.0%} fewer where devices hold whole parameters"
         )
 
     def init(self, params: Params, axes: Any, replicas: int) -> Compression:
