@@ -73,8 +73,8 @@ class PowerSGD:
         return found
 
     def summary(self, params: Params, axes: Any) -> str:
-        """In words, how much less is sent. The factors are not divided over other axes, as parameters
-        may be; dividing those takes from what is saved."""
+        """In words, how much less is sent. The factors are not divided over other axes, as
+        parameters may be; dividing those takes from what is saved."""
         matrices = self.matrices(params, axes).values()
         whole = sum(x.size for x in jax.tree.leaves(params))
         factors = sum(self.rank * x.size // x.shape[i] for x in matrices for i in (-1, -2))
