@@ -400,7 +400,7 @@ def restore_params(
             _check_same(saved, target)
             args = {item: ocp.args.StandardRestore(target), "info": ocp.args.JsonRestore()}
             found = manager.restore(step, args=ocp.args.Composite(**args))
-            _check_sum(found.info, item, found[item])
+            _check_unharmed(found.info, item, found[item])
             return found[item]
         except _Different as error:
             raise CheckpointError(
@@ -478,7 +478,7 @@ def _restore(manager: ocp.CheckpointManager, target: TrainState, step: int) -> T
     args = {item: ocp.args.StandardRestore(tree) for item, tree in _items(target).items()}
     items = manager.restore(step, args=ocp.args.Composite(**args))
     for item in args:
-        _check_sum(info, item, items[item])
+        _check_unharmed(info, item, items[item])
     parts = {"params": items.params} | {name: items.get(name) for name in _OPTIONAL}
     return TrainState(**items.training, **parts)
 
@@ -497,7 +497,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 _CHECKSUMS = "checksums"  # in a checkpoint's `info`
 
 
-def _check_sum(info: dict[str, Any], item: str, tree: Any) -> None:
+def _check_unharmed(info: dict[str, Any], item: str, tree: Any) -> None:
     """Raises ValueError if the arrays of an item are not those that were saved."""
     saved = info.get(_CHECKSUMS, {}).get(item)  # older versions of the code wrote none
     if saved is not None and saved != _checksum(tree):

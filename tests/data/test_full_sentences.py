@@ -37,9 +37,8 @@ def test_rows_are_as_many_whole_sentences_as_fit_and_cross_documents():
         assert row[-1] != END != row[0]
         for sentence in set(row.tolist()) - {END}:  # each has a number of its own
             assert (row == sentence).sum() == lengths[sentence]
-        assert (
-            len(row) + lengths[following[0]] + 1 >= 40
-        )  # with the mark before it, if there is one
+        # What follows did not fit, with the mark behind the row or behind itself, if there is one.
+        assert len(row) + lengths[following[0]] + 1 >= 40
         documents = [BY_SENTENCE[int(token)] for token in row if token != END]
         assert (row == END).sum() == len(set(documents)) - 1
     assert any(END in row for row in rows)
@@ -54,8 +53,7 @@ def test_a_sentence_longer_than_a_row_is_cut():
 
 
 def test_text_shorter_than_a_row_is_refused_in_training_only():
-    with pytest.raises(
-        ValueError, match="the train text has .* tokens and one example takes 9,999"
-    ):
+    said = "the train text has .* tokens and one example takes 9,999"
+    with pytest.raises(ValueError, match=said):
         FullSentences(STORE, END, 9_999)
     assert len(FullSentences(STORE, END, 9_999, "validation")) == 1

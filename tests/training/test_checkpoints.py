@@ -178,9 +178,8 @@ def test_a_flipped_bit_of_an_array_is_noticed(tmp_path, item):
     files = (tmp_path / "checkpoints" / "2" / item).rglob("d/*")
     flip(max(files, key=lambda path: path.stat().st_size), 8 * 100_000 + 3)
     saver = Checkpoints(tmp_path, keep=9)
-    with pytest.raises(
-        CheckpointError, match=f"damaged .*numbers in {item}.*last good one is step 1"
-    ):
+    said = f"damaged .*numbers in {item}.*last good one is step 1"
+    with pytest.raises(CheckpointError, match=said):
         saver.restore(shapes, 2)
     np.testing.assert_array_equal(saver.restore(shapes, 1).params["kernel"], noise)
     saver.close()
