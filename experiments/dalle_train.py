@@ -21,8 +21,8 @@ TensorBoard has drawings from every evaluation on the way, unless several proces
 of 32 x 32 codes, AdamW with betas 0.9 and 0.96 and decay 0.045, clipping at 4, a rate of 4.5e-4
 after 5,000 steps (which the paper halved five times when the loss stood still: lower it by hand,
 with --init), a moving average of the weights with decay 0.99 every 25 steps; the paper's PowerSGD
-is --compress 896. `coco` and `korean-coco` are models of a 120th of its size for MS-COCO 2014; the
-recipe is ours.
+is --strategy fsdp --mesh.fsdp 8 --compress 896. `coco` and `korean-coco` are models of a 120th of
+its size for MS-COCO 2014; the recipe is ours.
 
 All depart from the paper in that codes are made once, of the middle of each picture: there, they
 are made anew each time, of a random part (Listing 2).

@@ -149,7 +149,7 @@ def planned(settings, topology):
     described = abstract_parameters(task)
     notes = list(layout.summary(*described))
     if settings.compression is not None:
-        notes.append(settings.compression.summary(*described))
+        notes.append(settings.compression.sums(*described, layout).summary)
     return plan_step(
         prepare(
             task,

@@ -67,7 +67,8 @@ class Run(abc.ABC):
     """Steps from one update of that average to the next."""
     compress: int | None = None
     """Sum gradients over the mesh's `data` axis as matrices of this rank, by PowerSGD: for slow
-    networks between hosts. The size of that axis must then stay when a run is resumed."""
+    networks between hosts. Devices that each hold a part of a parameter share the rank among them.
+    The mesh must then stay when a run is resumed."""
     seed: int = 0
     """Of the parameters, the order of the data, its noise and dropout."""
     init: str | None = None

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lmjax.sharding.partition import Axes, Rules, fallbacks, partition
+from lmjax.sharding.partition import Axes, Rules, divided_by, fallbacks
 from lmjax.sharding.strategies import (
     LARGE,
     MESH_AXES,
@@ -73,11 +73,12 @@ class Layout:
         """The axes of the mesh that divide each axis of a parameter."""
         if layer_size(axes, shape) < SMALL:
             return (None,) * len(axes)
-        return tuple(partition(axes, shape, self.rules, self.mesh.shape))
+        return self.activation(axes, shape)
 
     def activation(self, axes: Axes, shape: Sequence[int]) -> tuple[tuple[str, ...] | None, ...]:
         """The same for an activation, however small it is."""
-        return tuple(partition(axes, shape, self.rules, self.mesh.shape))
+        parts = divided_by(axes, shape, self.rules, self.mesh.shape)
+        return tuple(part or None for part in parts)
 
     def parameters(self, params: Any, axes: Any) -> Any:
         """`parameter` of a whole tree of them: shapes and axes -> tuples."""

@@ -27,13 +27,6 @@ class Fallback(NamedTuple):
     """The axis divided in its place, if one is."""
 
 
-def partition(
-    axes: Axes, shape: Sequence[int], rules: Rules, mesh_shape: Mapping[str, int]
-) -> PartitionSpec:
-    """The division of an array, axis by axis."""
-    return as_spec(divided_by(axes, shape, rules, mesh_shape))
-
-
 def as_spec(parts: Sequence[tuple[str, ...]]) -> PartitionSpec:
     """What `divided_by` gives, as JAX takes it."""
     return PartitionSpec(*(part or None for part in parts))

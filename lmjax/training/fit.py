@@ -39,7 +39,7 @@ from lmjax.training.checkpoints import (
     leaf_name,
     lock_workdir,
 )
-from lmjax.training.compression import COMPRESSED_AXIS, PowerSGD
+from lmjax.training.compression import PowerSGD
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.reporting import (
     Reporter,
@@ -135,8 +135,8 @@ def fit(
         watch: pictures to follow the run by, of the parameters that were just evaluated; not called
             before the first step and after the last, nor again after it ran out of memory.
         averaging: keep a moving average of the parameters, and evaluate that.
-        compression: of the gradients that are summed over the mesh's `data` axis, whose size then
-            has to stay.
+        compression: of the gradients that are summed over the mesh's `data` axis. The mesh then
+            has to stay when the run is resumed.
         init: gives the parameters to start from; called only where there is no checkpoint.
         layout: how the model and its batch are divided over the devices, by default as
             `step.arrange` would have it. It may change when the run is resumed.
@@ -162,8 +162,8 @@ def fit(
     shapes = [{name: rows.shape for name, rows in batch.items()} for batch in evaluation]
     identity = {**identity, "averaging": averaging, "compression": None}
     if compression is not None:
-        replicas = layout.mesh.shape[COMPRESSED_AXIS]  # each of which keeps errors of its own
-        identity["compression"] = {"rank": compression.rank, "replicas": replicas}
+        # Each replica keeps errors of its own, and of each part.
+        identity["compression"] = {"rank": compression.rank, **how}
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors_said_plainly(data.batch_size, runtime.microbatches))
@@ -197,7 +197,7 @@ def fit(
         if layout.mesh.size > 1:
             _print("\n  ".join(layout.summary(*abstract_parameters(task))))
         if compression is not None:
-            _print(f"  {compression.summary(*abstract_parameters(task))}")
+            _print(f"  {compression.sums(*abstract_parameters(task), layout).summary}")
         _print(memory_summary(target))
 
         # The large arrays come last: whatever can be wrong is found before.

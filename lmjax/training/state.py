@@ -1,7 +1,6 @@
 """Everything a run carries from step to step."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from lmjax.tasks.task import Initial, Params, Task
-from lmjax.training.compression import Compression
+from lmjax.training.compression import CompressedSums, Compression
 from lmjax.training.optimizers import Optimizer
 
 
@@ -76,16 +75,16 @@ def init_state(
     averaged: bool,
     seed: int,
     params: Params | None = None,
-    compress: Callable[[Params], Compression] | None = None,
+    compression: CompressedSums | None = None,
 ) -> TrainState:
     """The state at step 0, with parameters drawn from `seed` unless `params` are given."""
     init_key, rng = jax.random.split(jax.random.key(seed))
     initial = task.init(init_key)
     params = initial.params if params is None else params
     ema = jax.tree.map(jnp.copy, params) if averaged else None
-    compression = None if compress is None else compress(params)
+    carried = None if compression is None else compression.init()
     return TrainState(
-        jnp.int32(0), params, initial.extra, optimizer.init(params), ema, rng, compression
+        jnp.int32(0), params, initial.extra, optimizer.init(params), ema, rng, carried
     )
 
 

@@ -20,7 +20,7 @@ from lmjax.sharding.partition import Axes
 from lmjax.sharding.strategies import PMAP, STRATEGIES, MeshOptions, Need, StrategyName, choose
 from lmjax.tasks.gradient_scaling import RESTS, SCALES, ScalesGradients
 from lmjax.tasks.task import Batch, Params, Scalars, Task
-from lmjax.training.compression import COMPRESSED_AXIS, Compression, PowerSGD
+from lmjax.training.compression import COMPRESSED_AXIS, CompressedSums, Compression, PowerSGD
 from lmjax.training.optimizers import Adafactor, AdamW, Optimizer
 from lmjax.training.schedules import Schedule
 from lmjax.training.state import (
@@ -53,7 +53,7 @@ def train_step(
     averaging: Averaging | None,
     extra_axes: dict[str, Axes],
     replicas: str | None = None,
-    compression: PowerSGD | None = None,
+    compression: CompressedSums | None = None,
 ) -> tuple[TrainState, Outcome]:
     """One step of training; of the rows that this replica has where `replicas` names their axis.
 
@@ -81,8 +81,7 @@ def train_step(
     if compression is None:
         gradients, carried = total(gradients), None
     else:
-        count = jax.lax.axis_size(replicas)
-        gradients, carried = compression.total(gradients, state.compression, total, count)
+        gradients, carried = compression.total(gradients, state.compression, total)
     scales = task.rescale(gradients, state.extra) if scaled else {}
     squares = jnp.stack(
         [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)]
@@ -280,12 +279,9 @@ def prepare(
     check_compression(task, layout, compression)
     params, axes, _, extra_axes = abstract_init(task)
     transformation = optimizer.transformation(axes, task.labels(params))
-    compress = None
-    if compression is not None:
-        count = layout.mesh.shape[COMPRESSED_AXIS]
-        compress = functools.partial(compression.init, axes=axes, replicas=count)
+    sums = None if compression is None else compression.sums(params, axes, layout)
     build = functools.partial(
-        init_state, task, transformation, averaging is not None, seed, compress=compress
+        init_state, task, transformation, averaging is not None, seed, compression=sums
     )
     shapes = jax.eval_shape(build)
     if layout.strategy is PMAP:
@@ -296,8 +292,7 @@ def prepare(
             name: layout.activation(extra_axes[name], x.shape) for name, x in shapes.extra.items()
         }
     own = layout.parameters(params, axes)
-    carried = None if compression is None else compression.entries(params, axes, own)
-    entries = state_axes(shapes, own, extra, transformation, carried)
+    entries = state_axes(shapes, own, extra, transformation, sums and sums.entries())
     target = jax.tree.map(
         lambda x, parts: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(parts)),
         shapes,
@@ -313,9 +308,9 @@ def prepare(
         extra_axes=extra_axes,
         replicas=REPLICAS if layout.strategy is PMAP else None,
     )
-    if compression is not None:
+    if sums is not None:
         step = by_replicas(
-            functools.partial(step, replicas=COMPRESSED_AXIS, compression=compression), layout
+            functools.partial(step, replicas=COMPRESSED_AXIS, compression=sums), layout
         )
     return Prepared(step, build, target)
 
@@ -369,7 +364,7 @@ def check_compression(task: Task, layout: Layout, compression: PowerSGD | None) 
             f"gradients of {name} are not compressed, because it carries arrays along from step to"
             f" step: {', '.join(carried)}"
         )
-    compression.matrices(params, axes)
+    compression.sums(params, axes, layout)
 
 
 def refuse_for_pmap(extra_axes: dict[str, Axes]) -> None:

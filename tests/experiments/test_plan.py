@@ -114,7 +114,9 @@ def test_compressed_gradients_are_planned(tmp_path):
     saved = 4 * (64 * 64 - 2 * (64 + 64)) + 2 * (64 * 256 - 2 * (64 + 256))
     assert sent == pytest.approx(ring * whole["parameters"], rel=0.01)
     assert less == pytest.approx(ring * (whole["parameters"] - saved), rel=0.01)
-    numbers = f"PowerSGD of rank 2: sums {whole['parameters'] - saved:,} numbers along data"
+    numbers = (
+        f"PowerSGD of rank 2 on each device: it sums {whole['parameters'] - saved:,} numbers along"
+    )
     assert numbers in " ".join(printed.split())
 
 

@@ -7,18 +7,17 @@ import json
 import os
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from lmjax.models.dalle import DALLE
 from lmjax.models.layers import Execution
 from lmjax.sharding.hlo import collectives, parse_hlo
-from lmjax.sharding.mesh import activate, put_batch
-from lmjax.sharding.strategies import MeshOptions
+from lmjax.sharding.mesh import activate, lay_out, put_batch
+from lmjax.sharding.strategies import FSDP, MeshOptions
 from lmjax.tasks.gradient_scaling import GradientScaling
 from lmjax.tasks.text_to_image import TextToImage
-from lmjax.training.compression import COMPRESSED_AXIS, Compression, PowerSGD
+from lmjax.training.compression import COMPRESSED_AXIS, CompressedSums, Compression, Part, PowerSGD
 from lmjax.training.reporting import bytes_per_device
 from lmjax.training.step import arrange, lower_step, prepare, shardings
 from tests.sharding.on_devices import DALLE_SIZES, MODELS, ROWS, STEPS
@@ -32,6 +31,15 @@ AXES = {
     "vector": ("embed",),
     "table": ("vocab", "embed"),
 }
+WHOLE = {
+    "matrix": Part((10, 12), (10, 12), (None, None), RANK),
+    "stack": Part((3, 8, 9), (3, 8, 9), (None, None, None), RANK),
+}
+# Among two devices, by columns and by rows.
+DIVIDED = {
+    "matrix": Part((10, 12), (10, 6), (None, ("fsdp",)), RANK // 2),
+    "stack": Part((3, 8, 9), (3, 4, 9), (None, ("fsdp",), None), RANK // 2),
+}
 
 
 def gradients(step: int) -> dict[str, np.ndarray]:
@@ -40,12 +48,13 @@ def gradients(step: int) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=(REPLICAS, *shape)) for name, shape in SHAPES.items()}
 
 
-def totals() -> dict:
+def totals(parts) -> dict:
     """What some steps' gradients are summed to, and the last errors."""
-    sgd = PowerSGD(RANK)
-    carried = sgd.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()}, AXES, REPLICAS)
-    mesh = jax.make_mesh(
-        (REPLICAS,), (COMPRESSED_AXIS,), (AxisType.Auto,), devices=jax.devices()[:REPLICAS]
+    sums = CompressedSums(parts, 0, REPLICAS)
+    layout = lay_out(FSDP, MeshOptions(fsdp=2), {}, {}, jax.devices())
+    carried = jax.device_put(
+        sums.init(),
+        jax.tree.map(layout.sharding, sums.entries(), is_leaf=lambda x: type(x) is tuple),
     )
     whole, divided = PartitionSpec(), PartitionSpec(COMPRESSED_AXIS)
     specs = Compression(divided, whole)
@@ -53,15 +62,15 @@ def totals() -> dict:
     @jax.jit
     @functools.partial(
         jax.shard_map,
-        mesh=mesh,
+        mesh=layout.mesh,
         in_specs=(divided, specs),
         out_specs=(whole, specs),
+        axis_names={COMPRESSED_AXIS},
         check_vma=False,
     )
     def total(own, carried):
         own = {name: x[0] for name, x in own.items()}
-        psum = functools.partial(jax.lax.psum, axis_name=COMPRESSED_AXIS)
-        return sgd.total(own, carried, psum, REPLICAS)
+        return sums.total(own, carried, functools.partial(jax.lax.psum, axis_name=COMPRESSED_AXIS))
 
     bases, found = carried.bases, []
     for step in range(3):
@@ -128,7 +137,7 @@ def main() -> None:
     scaled = dataclasses.replace(TASK, scaling=GradientScaling())
     divided, sgd = MeshOptions(fsdp=2), PowerSGD(RANK)
     results = {
-        "totals": totals(),
+        "totals": {"whole": totals(WHOLE), "divided": totals(DIVIDED)},
         "as they are": train(TASK, optimizer, rows, "dp", MeshOptions(), None),
         "dp": train(TASK, optimizer, rows, "dp", MeshOptions(), sgd),
         "pieces": train(TASK, optimizer, rows, "dp", MeshOptions(), sgd, microbatches=2),

@@ -58,11 +58,11 @@ def test_a_run_goes_on_with_other_devices_and_strategies(tmp_path, undisturbed):
     assert len(set(undisturbed)) == 8  # it does learn from step to step
 
 
-def test_a_compressed_run_goes_on_with_as_many_replicas_alone(tmp_path):
+def test_a_compressed_run_goes_on_with_the_same_mesh_alone(tmp_path):
     settings = {"devices": 4, "strategy": "fsdp", "mesh": '{"fsdp": 2}', "fate": "compressed"}
     run(tmp_path / "whole", 4, **settings)
     run(tmp_path / "parts", 2, **settings)
     run(tmp_path / "parts", 4, **settings)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     failed = run(tmp_path / "parts", 6, **{**settings, "devices": 8}, fails=True)
-    assert "compression.replicas 2 -> 4" in failed and "Traceback" not in failed
+    assert "compression.mesh.data 2 -> 4" in failed and "Traceback" not in failed

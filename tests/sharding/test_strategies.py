@@ -2,11 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from lmjax.models.t5 import PRESETS, T5
 from lmjax.sharding.mesh import Layout
-from lmjax.sharding.partition import partition
+from lmjax.sharding.partition import divided_by
 from lmjax.sharding.strategies import (
     DP,
     FSDP,
@@ -161,15 +160,13 @@ def test_too_large_to_lie_whole_everywhere():
         layout.summary(params, axes)
 
 
-def test_partition_gives_a_mesh_axis_once_and_an_axis_several():
+def test_a_mesh_axis_divides_once_and_an_axis_may_be_divided_by_several():
     rules = (("batch", "data"), ("batch", "fsdp"), ("mlp", "fsdp"), ("embed", "fsdp"))
     sizes = {"data": 2, "fsdp": 4, "model": 1}
-    assert partition(("batch", "mlp"), (16, 8), rules, sizes) == PartitionSpec(
-        ("data", "fsdp"), None
-    )
-    assert partition(("batch", "mlp"), (4, 8), rules, sizes) == PartitionSpec(("data",), ("fsdp",))
-    assert partition(("embed", "mlp"), (8, 6), rules, sizes) == PartitionSpec(("fsdp",), None)
-    assert partition(("embed", None), (6, 8), rules, sizes) == PartitionSpec(None, None)
+    assert divided_by(("batch", "mlp"), (16, 8), rules, sizes) == (("data", "fsdp"), ())
+    assert divided_by(("batch", "mlp"), (4, 8), rules, sizes) == (("data",), ("fsdp",))
+    assert divided_by(("embed", "mlp"), (8, 6), rules, sizes) == (("fsdp",), ())
+    assert divided_by(("embed", None), (6, 8), rules, sizes) == ((), ())
 
 
 # --- meshes
