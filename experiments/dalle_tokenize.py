@@ -3,9 +3,10 @@
     python -m experiments.dalle_tokenize
     python -m experiments.dalle_tokenize --preset coco --dvae /data/dvae-coco --data.folder ~/coco
 
-Takes the options of `experiments.dalle_train`, of which --preset, --dvae and --data matter. Codes
-are kept under ~/.cache/lmjax ($LMJAX_CACHE) by the content of the pictures and of the dVAE, where
-`dalle_train` with the same options finds them; without this it makes them itself when it starts.
+Takes the options of `experiments.dalle_train`, of which --preset, --dvae, --crops and --data
+matter. Codes are kept under ~/.cache/lmjax ($LMJAX_CACHE) by the content of the pictures and of the
+dVAE, where `dalle_train` with the same options finds them; without this it makes them itself when
+it starts.
 """
 
 from rich.console import Console
@@ -21,11 +22,11 @@ def main() -> None:
     _, encode, sha256 = encoder(settings)
     console = Console(highlight=False, soft_wrap=True)
     for name, pictures in open_pictures(settings.data).items():
-        store = encode(with_captions(pictures, settings.data))
-        count, length = store.codes.shape
+        store = encode[name](with_captions(pictures, settings.data))
+        count, squares, length = store.codes.shape
         console.print(
-            f"{name}: {int(store.readable.sum()):,} of {count:,} pictures as {length} codes of dVAE"
-            f" {sha256[:12]} in {store.directory}"
+            f"{name}: {int(store.readable.sum()):,} of {count:,} pictures as {squares} x {length}"
+            f" codes of dVAE {sha256[:12]} in {store.directory}"
         )
 
 

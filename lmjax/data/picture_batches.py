@@ -37,7 +37,7 @@ class Picture(NamedTuple):
     """What an objective makes an example of."""
 
     content: Image.Image | np.ndarray
-    """An RGB picture, or its codes."""
+    """An RGB picture, or the codes of its squares, [squares, codes]."""
     captions: Captions
 
 
@@ -101,7 +101,7 @@ class CodeRows:
 
     @property
     def lengths(self) -> dict[str, int]:
-        return {"image_tokens": self.store.codes.shape[1]}
+        return {"image_tokens": self.store.codes.shape[-1]}
 
     def __len__(self) -> int:
         return len(self.readable)
@@ -129,13 +129,13 @@ class PictureExample:
         if isinstance(picture.content, Image.Image):
             example = {"pictures": self.crop(picture.content, self.size, rng)}
         else:
-            example = {"image_tokens": picture.content}
+            example = {"image_tokens": picture.content[rng.integers(len(picture.content))]}
         if self.captions is not None:
             example["captions"] = self.captions(picture.captions, rng)
         return example
 
     def plain(self) -> "PictureExample":
-        """Without randomness, but for the choice of a caption."""
+        """Without randomness, but for the choice of a caption and of a square."""
         captions = self.captions and dataclasses.replace(self.captions, dropout=0.0)
         return dataclasses.replace(self, crop=middle_crop, captions=captions)
 
@@ -187,7 +187,7 @@ def read_pictures(
     ends: bool = False,
     tokenizer: Tokenizer | None = None,
     rows: int | None = None,
-    encode: Callable[[Pictures], CodeStore] | None = None,
+    encode: Mapping[str, Callable[[Pictures], CodeStore]] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> PictureBatches:
     """Opens the pictures and batches them for this host.
@@ -204,8 +204,8 @@ def read_pictures(
         ends: captions begin with BOS and end with EOS.
         tokenizer: a checkpoint's, to use instead of training one.
         rows: of the model's embedding of captions, which must have one for every id.
-        encode: makes codes of the pictures, to train on these: `build_code_store` with its other
-            arguments. There is no cropping then.
+        encode: makes codes of the pictures of each split, to train on these: `build_code_store`
+            with its other arguments. There is no cropping then.
         share: which part of every batch, of how many, is this host's: `Layout.share`.
 
     Raises:
@@ -229,7 +229,7 @@ def read_pictures(
         )
     else:
         train, held_out = (
-            CodeRows(splits[name], encode(splits[name])) for name in ("train", "validation")
+            CodeRows(splits[name], encode[name](splits[name])) for name in ("train", "validation")
         )
     example = PictureExample(crop if data.augment else middle_crop, size, captions)
     common = {

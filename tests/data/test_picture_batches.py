@@ -188,6 +188,7 @@ def test_codes_are_made_once_and_kept_beside_the_captions(folder):
         size=SIZE,
         batch_size=5,
     )
+    build = {"train": build, "validation": build}
     read_now = read(folder, encode=build)
     assert calls == [(5, SIZE, SIZE, 3)] * 5  # four for training, one held out
     batches = read(folder, encode=build, batch=17).batches
@@ -205,6 +206,32 @@ def test_codes_are_made_once_and_kept_beside_the_captions(folder):
     assert same(copied.batch(3), batches.batch(3))
 
 
+def test_codes_of_random_parts(folder):
+    """Of each picture the same ones every time it is encoded, any of which a step takes."""
+    image = np.zeros((40, 30, 3), np.uint8)
+    image[:, :, 0] = np.arange(40)[:, None]  # their red tells how far down they begin
+    for path in folder.rglob("*.png"):
+        Image.fromarray(image).save(path)
+    build = functools.partial(build_code_store, encode=encode, model_sha256="dvae", size=SIZE)
+    train = open_pictures(PictureData(folder=str(folder)))["train"]
+    store = build(train, crops=3, batch_size=5)
+    assert store.codes.shape == (18, 3, 6)
+    for index, codes in enumerate(store.codes):
+        rng = np.random.default_rng(index)
+        squares = np.stack([transformer_crop(Image.fromarray(image), SIZE, rng) for _ in range(3)])
+        np.testing.assert_array_equal(codes, encode(squares))
+    found = {row.tobytes() for row in store.codes.reshape(-1, 6)}
+    assert len(found) > 2
+
+    read_now = read(
+        folder, encode={"train": functools.partial(build, crops=3), "validation": build}, batch=18
+    )
+    seen = {row[0] for step in range(6) for row in read_now.batches.batch(step)["image_tokens"]}
+    assert seen == set(store.codes[..., 0].flat)
+    middle = build(open_pictures(PictureData(folder=str(folder)))["validation"]).codes[0, 0]
+    assert (read_now.evaluation[0]["image_tokens"][:2] == middle).all()
+
+
 def test_code_stores_belong_to_pictures_and_model(folder):
     splits = open_pictures(PictureData(folder=str(folder)))
     directories = {
@@ -212,8 +239,9 @@ def test_code_stores_belong_to_pictures_and_model(folder):
         for pictures, model, size in itertools.product(splits.values(), ("a", "b"), (8, 16))
     }
     assert len(directories) == 8
+    assert len({code_directory(splits["train"], "a", 8, crops) for crops in (None, 1, 2)}) == 3
     store = build_code_store(splits["train"], encode, "a", SIZE)
-    assert store.codes.dtype == np.uint16 and store.codes.shape == (18, 6)
+    assert store.codes.dtype == np.uint16 and store.codes.shape == (18, 1, 6)
     assert type(store.codes) is np.ndarray and store.readable.all()
     with pytest.raises(ValueError, match="holds the codes of other pictures"):
         CodeRows(splits["validation"], store)

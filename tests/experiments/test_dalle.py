@@ -57,9 +57,9 @@ def dvae(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dalle(run, dvae):
-    """With an average of the weights, on codes made ahead."""
+    """With an average of the weights, on codes of random parts that are made ahead."""
     workdir = dvae.workdir.parent / "dalle"
-    arguments = [*DALLE, "--dvae", dvae.workdir]
+    arguments = [*DALLE, "--dvae", dvae.workdir, "--crops", 2]
     made = run("experiments.dalle_tokenize", *arguments).stdout
     arguments += ["--workdir", workdir, "--average", 0.5]
     done = run("experiments.dalle_train", *arguments, "--steps", 40)
@@ -87,7 +87,7 @@ def test_pictures_through_codes(dvae):
 
 
 def test_captions_to_pictures(dalle):
-    assert "3,792 of 3,792 pictures as 16 codes" in dalle.printed
+    assert "3,792 of 3,792 pictures as 2 x 16 codes" in dalle.printed
     losses = held_out(dalle.workdir)
     assert losses[-1] < losses[0] - 0.5
     assert dalle.printed.count("nearest to its own original") == 4
@@ -223,8 +223,10 @@ def test_what_is_found_before_anything_is_loaded(tmp_path):
 
 
 def test_settings_that_would_do_nothing():
-    with pytest.raises(ValueError, match="codes are made once, of the middle of each picture"):
+    with pytest.raises(ValueError, match="codes are made once, so leave it out .* choose --crops"):
         dataclasses.replace(dalle_train.EMOJI, data=CaptionedPictureData(augment=True))
+    with pytest.raises(ValueError, match="--crops is 0, not 1 or more"):
+        dataclasses.replace(dalle_train.EMOJI, crops=0)
     nearest = dataclasses.replace(dvae_train.EMOJI.model, nearest=True)
     vq_vae = dataclasses.replace(dvae_train.EMOJI, model=nearest)
     with pytest.raises(ValueError, match="--model.nearest makes a VQ-VAE"):

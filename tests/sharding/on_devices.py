@@ -15,7 +15,9 @@ import numpy as np
 
 from lmjax.models.bart import Bart, BartConfig
 from lmjax.models.bert import Bert, BertConfig
+from lmjax.models.clip import CLIP, CLIPConfig
 from lmjax.models.dalle import DALLE, DALLEConfig
+from lmjax.models.dvae import DVAE, DVAEConfig
 from lmjax.models.gpt2 import GPT2, GPT2Config
 from lmjax.models.layers import Execution
 from lmjax.models.t5 import T5, T5Config
@@ -26,6 +28,8 @@ from lmjax.sharding.planning import plan_step
 from lmjax.sharding.strategies import MeshOptions
 from lmjax.sharding.topology import Topology
 from lmjax.tasks.causal import Causal
+from lmjax.tasks.contrastive import Contrastive
+from lmjax.tasks.dvae import GumbelSoftmax, HalfCosine, Nearest
 from lmjax.tasks.masked import Masked
 from lmjax.tasks.permuted import Permuted
 from lmjax.tasks.seq2seq import Seq2Seq
@@ -95,6 +99,24 @@ DALLE_SIZES = DALLEConfig(
     feed_forward=512,
     conv_extent=3,
 )
+CLIP_SIZES = CLIPConfig(
+    size=20,
+    patch=4,
+    picture_layers=2,
+    picture_width=120,
+    picture_heads=15,
+    picture_feed_forward=512,
+    vocab=1_005,
+    positions=12,
+    layers=2,
+    width=96,
+    heads=6,
+    feed_forward=384,
+    joint_width=100,
+)
+DVAE_SIZES = DVAEConfig(
+    size=16, codes=1_005, width=64, code_width=64, groups=2, blocks=1, kernel=3, patch=2
+)
 XLNET_SIZES = XLNetConfig(
     vocab=1_005,
     layers=2,
@@ -162,7 +184,7 @@ def permuted(config) -> dict[str, np.ndarray]:
     return batch | {name: array.astype(np.int32) for name, array in more.items()}
 
 
-def pictures(config) -> dict[str, np.ndarray]:
+def codes(config) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     arrays = {
         "captions": rng.integers(0, config.text_vocab, (ROWS, config.text_length - 1)),
@@ -171,6 +193,17 @@ def pictures(config) -> dict[str, np.ndarray]:
     }
     arrays = {name: array.astype(np.int32) for name, array in arrays.items()}
     return {**arrays, "loss_weights": (np.arange(ROWS) % 5 > 0).astype(np.float32)}
+
+
+def pictures(config) -> dict[str, np.ndarray]:
+    size = (ROWS, config.size, config.size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, size).astype(np.uint8)
+    return {"pictures": pixels, "loss_weights": (np.arange(ROWS) % 5 > 0).astype(np.float32)}
+
+
+def pairs(config) -> dict[str, np.ndarray]:
+    captions = np.random.default_rng(1).integers(0, config.vocab, (ROWS, config.positions))
+    return {**pictures(config), "captions": captions.astype(np.int32)}
 
 
 # Every model has a line here, and one with a shape that divides by nothing.
@@ -204,7 +237,26 @@ MODELS = {
     "dalle": (
         TextToImage(DALLE(DALLE_SIZES, Execution("float32", "full"))),
         AdamW(Constant(3e-3)),
-        pictures(DALLE_SIZES),
+        codes(DALLE_SIZES),
+    ),
+    "clip": (
+        Contrastive(CLIP(CLIP_SIZES, Execution("float32", "matmuls"))),
+        AdamW(Constant(1e-3)),
+        pairs(CLIP_SIZES),
+    ),
+    "dvae": (
+        GumbelSoftmax(
+            DVAE(DVAE_SIZES, Execution("float32", "none")), balance=HalfCosine(0.1, 0.1, 1)
+        ),
+        AdamW(Constant(1e-2)),
+        pictures(DVAE_SIZES),
+    ),
+    "vq_vae": (
+        Nearest(
+            DVAE(dataclasses.replace(DVAE_SIZES, nearest=True), Execution("float32", "matmuls"))
+        ),
+        AdamW(Constant(3e-4)),
+        pictures(DVAE_SIZES),
     ),
 }
 LAYOUTS = {

@@ -30,15 +30,27 @@ from tests.training.toy import Regression
 EACH_ONCE = ("one device", "pmap", "dp", "fsdp", "tp", "fsdp_tp, width", "fsdp_tp, accumulated")
 UNLIKE = ("one device", "fsdp_tp, width", "fsdp_tp, length")
 """Of layers that differ: these take long to compile."""
+DIVIDED = ("one device", "fsdp", "fsdp_tp, width")
+NO_PARTS = {"pmap", "fsdp_tp, accumulated"}
+"""Not for losses of all rows of a batch together, as CLIP's, or with noise for all of them."""
+AUTOENCODERS = ("dvae", "vq_vae")
 
 
 def cases():
-    """T5 in all layouts; of the others a few, or all with `pytest -m full`."""
+    """T5 in all layouts; of the others a few, or all with `pytest -m full`. The VQ-VAE, whose layers
+    are the dVAE's, then too."""
     for model in MODELS:
-        few = LAYOUTS if model.startswith("t5") else UNLIKE if model == "dalle" else EACH_ONCE
-        yield pytest.param((model, *few), id=model)
-        if few is not LAYOUTS:
-            yield pytest.param((model, *LAYOUTS), id=f"{model}, all", marks=pytest.mark.full)
+        few, all = EACH_ONCE, tuple(LAYOUTS)
+        if model == "dalle":
+            few = UNLIKE
+        elif model in ("clip", *AUTOENCODERS):
+            few, all = DIVIDED, tuple(sorted(LAYOUTS.keys() - NO_PARTS))
+        if model.startswith("t5"):
+            yield pytest.param((model, *all), id=model)
+            continue
+        if model != "vq_vae":
+            yield pytest.param((model, *few), id=model)
+        yield pytest.param((model, *all), id=f"{model}, all", marks=pytest.mark.full)
 
 
 @pytest.fixture(scope="module", params=cases())
@@ -55,7 +67,8 @@ def test_every_layout_trains_as_one_device_does(trained):
     for name, result in results.items():
         np.testing.assert_allclose(result["losses"], alone["losses"], rtol=5e-6, err_msg=name)
         np.testing.assert_allclose(result["grad_norm"], alone["grad_norm"], rtol=2e-6)
-    assert alone["losses"][-1] < 0.9 * alone["losses"][0]
+    first, *_, last = alone["losses"]
+    assert last < min(0.9 * first, first - 0.002)  # a density's may be negative
 
 
 def test_a_plan_is_what_is_executed(trained):
@@ -65,13 +78,16 @@ def test_a_plan_is_what_is_executed(trained):
     assert planned["bytes"][0] == pytest.approx(planned["bytes"][1], rel=0.1)
     ratio = planned["flops"][0] / planned["flops"][1]
     again = MODELS[model][0].model.execution.remat == "full"
-    assert (1.01 if again else 1.0) <= ratio < (1.4 if again else 1.1)
+    least = 1.01 if again else 1.0
+    if model in AUTOENCODERS:  # their formula is three times the forward pass
+        least = 0.8
+    assert least <= ratio < (1.4 if again else 1.1)
 
 
 def test_models_constrain_their_activations(trained):
-    _, results, _ = trained
+    model, results, _ = trained
     for name in results.keys() & {"dp", "fsdp, replicated", "fsdp_tp, width", "fsdp_tp, length"}:
-        assert results[name]["constraints"] > 10, name
+        assert results[name]["constraints"] > (7 if model in AUTOENCODERS else 10), name
     for name in results.keys() & {"one device", "pmap"}:
         assert results[name]["constraints"] == 0, name
 
@@ -80,7 +96,7 @@ def test_divided_parameters_take_their_part_of_the_memory(trained):
     model, results, _ = trained
     whole, optimizer = results["one device"]["params"], results["one device"]["optimizer"]
     parts = {"dp": 1, "pmap": 1, "fsdp": 8, "tp": 8, "tp 2": 2, "fsdp_tp": 4, "fsdp_tp, width": 8}
-    if model == "t5-odd":  # nothing in it divides by eight
+    if model in ("t5-odd", *AUTOENCODERS):  # nothing in them divides well by eight
         parts = {"dp": 1, "pmap": 1, "fsdp": 1}
     for name in results.keys() & parts:
         if not model.startswith("t5"):  # Adam's averages lie as the parameters do
@@ -90,7 +106,8 @@ def test_divided_parameters_take_their_part_of_the_memory(trained):
             )
             if name not in ("dp", "pmap", "fsdp"):  # nothing divides its vocabulary
                 continue
-        small = 0.02 * whole  # norms and relative biases are whole everywhere
+        # Norms, relative biases, CLIP's positions and pixels are whole everywhere.
+        small = (0.03 if model == "clip" else 0.02) * whole
         assert results[name]["params"] == pytest.approx(whole / parts[name], abs=small), name
 
 
@@ -131,7 +148,7 @@ def test_the_largest_model_is_divided_over_the_whole_pod():
     layout = Layout(FSDP_TP, mesh, FSDP_TP.rules, "")
     up = params["encoder"]["layers"]["feed_forward"]["up"]
     parts = layout.parameter(("layers", "embed", "mlp"), up.shape)
-    assert parts == (None, "fsdp", "model")
+    assert parts == (None, ("fsdp",), ("model",))
 
 
 # --- fallbacks
@@ -142,7 +159,7 @@ def test_what_does_not_divide_falls_back_and_is_named():
     axes = {"embedding": ("vocab", "embed"), "norm": ("embed",)}
     mesh = jax.sharding.AbstractMesh((1, 8, 1), MESH_AXES)
     layout = Layout(FSDP, mesh, FSDP.rules, "as asked")
-    assert layout.parameters(params, axes) == {"embedding": (None, "fsdp"), "norm": (None,)}
+    assert layout.parameters(params, axes) == {"embedding": (None, ("fsdp",)), "norm": (None,)}
     assert (
         "embedding (50257, 768): its axis vocab (50257) does not divide by mesh.fsdp (8);"
         " embed is divided in its place"
