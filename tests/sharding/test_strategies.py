@@ -28,29 +28,29 @@ from tests.sharding.on_devices import LAYOUTS, MODELS
 from tests.training.toy import Regression
 
 EACH_ONCE = ("one device", "pmap", "dp", "fsdp", "tp", "fsdp_tp, width", "fsdp_tp, accumulated")
-UNLIKE = ("one device", "fsdp_tp, width", "fsdp_tp, length")
-"""Of layers that differ: these take long to compile."""
-DIVIDED = ("one device", "fsdp", "fsdp_tp, width")
-NO_PARTS = {"pmap", "fsdp_tp, accumulated"}
+FEW = {
+    # Layers that differ take long to compile.
+    "dalle": ("one device", "fsdp_tp, width", "fsdp_tp, length"),
+    "clip": ("one device", "fsdp", "fsdp_tp, width"),
+    "dvae": ("one device", "fsdp", "fsdp_tp, width"),
+    # The dVAE's layers.
+    "vq_vae": (),
+}
+"""Of other models each layout of `EACH_ONCE`, and of T5 all of them, when not everything is run."""
+IN_PARTS = {"pmap", "fsdp_tp, accumulated"}
 """Not for losses of all rows of a batch together, as CLIP's, or with noise for all of them."""
 AUTOENCODERS = ("dvae", "vq_vae")
 
 
 def cases():
-    """T5 in all layouts; of the others a few, or all with `pytest -m full`. The VQ-VAE, whose layers
-    are the dVAE's, then too."""
     for model in MODELS:
-        few, all = EACH_ONCE, tuple(LAYOUTS)
-        if model == "dalle":
-            few = UNLIKE
-        elif model in ("clip", *AUTOENCODERS):
-            few, all = DIVIDED, tuple(sorted(LAYOUTS.keys() - NO_PARTS))
-        if model.startswith("t5"):
-            yield pytest.param((model, *all), id=model)
-            continue
-        if model != "vq_vae":
+        whole = model in ("clip", *AUTOENCODERS)
+        every = tuple(name for name in LAYOUTS if not (whole and name in IN_PARTS))
+        few = every if model.startswith("t5") else FEW.get(model, EACH_ONCE)
+        if few:
             yield pytest.param((model, *few), id=model)
-        yield pytest.param((model, *all), id=f"{model}, all", marks=pytest.mark.full)
+        if few != every:
+            yield pytest.param((model, *every), id=f"{model}, all", marks=pytest.mark.full)
 
 
 @pytest.fixture(scope="module", params=cases())
