@@ -292,17 +292,27 @@ def show_drawings(
     path = save_sheet(sheet(rows, COLUMNS), settings.workdir, "samples", settings.steps)
     for split, about in (("train", "captions it was trained on"), ("validation", "held-out ones")):
         for language in settings.languages:
-            some = captioned(easel, splits[split], language, JUDGED, seed=0)
-            if not some:
-                continue
-            captions, originals = zip(*some, strict=True)
-            drawn = easel.draw(params, captions)[:, 0]
-            right = (nearest(drawn, np.stack(originals)) == np.arange(len(some))).mean()
-            console.print(
-                f"{len(some)} {about}, {language}: the drawing is nearest to its own original in"
-                f" {right:.0%} of cases (chance: {1 / len(some):.1%})"
-            )
+            count, right = told_apart(easel, params, splits[split], language)
+            if count:
+                console.print(
+                    f"{count} {about}, {language}: the drawing is nearest to its own original in"
+                    f" {right:.0%} of cases (chance: {1 / count:.1%})"
+                )
     console.print(f"look at {path}")
+
+
+def told_apart(easel: "Easel", params, pictures: Pictures, language: str) -> tuple[int, float]:
+    """(number of captions drawn once each, the share nearer to their own original than to others').
+
+    As many as `JUDGED`, the same ones each time; 0 where no picture has a caption in the language.
+    """
+    some = captioned(easel, pictures, language, JUDGED, seed=0)
+    if not some:
+        return 0, 0.0
+    captions, originals = zip(*some, strict=True)
+    drawn = easel.draw(params, captions)[:, 0]
+    right = nearest(drawn, np.stack(originals)) == np.arange(len(some))
+    return len(some), float(right.mean())
 
 
 def sample_rows(

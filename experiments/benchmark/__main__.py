@@ -20,7 +20,8 @@ were written, those of all words.
 
 Then what only lmjax has: tokens per second of the objectives and, with t5, of batches, and the
 memory of the loss over mT5's vocabulary; with dalle, what its cache and its sparse attention are
-worth.
+worth, and how well the dVAE and the DALL-E do on emoji that `experiments.dvae_train` and
+`dalle_train` have trained, where that has been done.
 """
 
 import dataclasses
@@ -154,12 +155,23 @@ class DALLE(Turns):
     heads: int = 2
     samples: int = 2
     """Pictures drawn at once."""
+    dvae: str = "runs/dvae-emoji"
+    """The workdir of a trained dVAE,"""
+    dalle: str = "runs/dalle-emoji"
+    """and of the DALL-E on its codes, to be judged by what they give back and draw."""
 
     def cases(self) -> list[Case]:
         from lmjax.models.dalle import DALLEConfig
 
         if self.samples < 1:
             raise ValueError(f"--samples is {self.samples}, not 1 or more")
+        for name, module in (("dvae", "dvae_train"), ("dalle", "dalle_train")):
+            place = getattr(self, name)
+            if place != getattr(DALLE, name) and not (Path(place) / "config.json").exists():
+                raise ValueError(
+                    f"--{name} {place} holds no trained {name}: run `python -m experiments.{module}"
+                    f" --workdir {place}` first, or leave it out"
+                )
         config = DALLEConfig(
             text_vocab=512,
             text_length=self.text_length,
@@ -186,6 +198,15 @@ class DALLE(Turns):
             )
         ]
 
+    def trained(self, console: Console) -> dict[str, str]:
+        """Figures of what has been trained."""
+        missing = [p for p in (self.dvae, self.dalle) if not (Path(p) / "config.json").exists()]
+        if missing:
+            console.print(f"not judged, because nothing is trained in {' and '.join(missing)}")
+            return {}
+        given = {"dvae": self.dvae, "dalle": self.dalle}
+        return in_own_process("what is trained", "experiments.benchmark.trained", **given)
+
 
 def described(config) -> dict:
     return dataclasses.asdict(dataclasses.replace(config, dropout=0.0))
@@ -211,6 +232,8 @@ def main() -> None:
         system = type(settings).__name__.lower()
         given = {"system": system, "case": dataclasses.asdict(cases[0])}
         extras = in_own_process("lmjax alone", "experiments.benchmark.alone", **given)
+        if isinstance(settings, DALLE):
+            extras |= settings.trained(console)
     for name, value in extras.items():
         console.print(f"{name}: {value}")
     if settings.json is not None:

@@ -20,6 +20,8 @@ from tensorboardX.proto import event_pb2
 
 import lmjax
 from experiments import clip_train, dalle_train, dvae_train
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark.trained import measure as judge
 from experiments.dalle_generate import DALLEGenerate, check_dvae, check_picture, trained
 from experiments.dalle_train import SAMPLES, sample_rows
 from lmjax.data.captions import CaptionedPictureData
@@ -93,6 +95,20 @@ def test_captions_to_pictures(dalle):
     assert dalle.printed.count("nearest to its own original") == 4
     assert Image.open(dalle.workdir / "samples.png").height > 1_000
     assert pictures_shown(dalle.workdir, "samples") == [20, 40]
+
+
+def test_the_benchmark_judges_what_is_trained(cache, dvae, dalle, monkeypatch):
+    monkeypatch.setenv("LMJAX_CACHE", str(cache))
+    given = {"dvae": str(dvae.workdir), "dalle": str(dalle.workdir)}
+    rebuilt, *drawn = judge(**given).items()
+    name, text = rebuilt
+    assert re.fullmatch(r"\d{3} held-out emoji through 32 codes", name)
+    assert float(text.split(" dB; ")[0]) > 5 and "codes in use" in text
+    printed = re.findall(r"in (\d+% of cases \(chance: .*?\))", dalle.printed)
+    assert [text.replace(" (", " of cases (") for _, text in drawn] == printed
+    assert "captions held out, ko, nearest" in drawn[-1][0]
+    with pytest.raises(ValueError, match="--dvae nowhere holds no trained dvae: run .*dvae_train"):
+        benchmark.DALLE(dvae="nowhere").cases()
 
 
 def test_of_two_processes_one_shows_what_both_have_learned(cache, dvae, tmp_path):
