@@ -5,6 +5,7 @@ section 2; Ramesh et al. 2021, section 2.6, for ranking DALL-E's pictures with i
 
     python -m experiments.clip_train
     python -m experiments.clip_train --data.language ko --workdir runs/clip-korean
+    python -m experiments.clip_train --preset coco --data.folder ~/coco --workdir runs/clip-coco
     python -m experiments.clip_train --init openai/clip-vit-base-patch32 --data.dropout 0
         --data.folder photos --workdir runs/clip-photos
 
@@ -19,11 +20,14 @@ that is ours; better is what starts from the published parameters, as above.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from PIL.Image import Image
 from rich.console import Console
 
 from lmjax import command_line
@@ -37,11 +41,13 @@ from lmjax.pretraining import PictureRun, optimizer_choices, pretrain
 from lmjax.tasks.contrastive import Contrastive
 from lmjax.tasks.task import as_floats
 from lmjax.training.execution import ExecutionOptions
-from lmjax.training.fit import FitOptions
+from lmjax.training.fit import FitOptions, Watch
 from lmjax.training.optimizers import AdamW
 from lmjax.training.schedules import Cosine
 
 SHOWN, BEST = 10, 6
+JUDGED = 1_000
+"""Held-out pairs, at most, that are compared with each other at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +112,8 @@ COCO = dataclasses.replace(
     model=dataclasses.replace(PUBLISHED.model, vocab=16_384, end=EMOJI.model.end),
     data=CaptionedPictureData(),
     optimizer=dataclasses.replace(
-        PUBLISHED.optimizer, schedule=Cosine(5e-4, horizon=2_400, warmup=200)
+        PUBLISHED.optimizer,
+        schedule=Cosine(5e-4, horizon=2_400, warmup=200, final_fraction=0.0),
     ),
     batch=1_024,
     steps=2_400,
@@ -120,29 +127,53 @@ CHOICES = optimizer_choices()
 
 def main() -> None:
     settings = command_line.parse(PRESETS, DEFAULT, __doc__, CHOICES)
-    pretrain(settings, PRESETS, "clip_train", show_matches)
+    pretrain(settings, PRESETS, "clip_train", show_matches, watch_matches)
+
+
+def watch_matches(settings: CLIPTrain, model: CLIP, data: PictureBatches) -> Watch:
+    """What makes a sheet of held-out captions and their matches."""
+    del settings
+    prepared = functools.cache(lambda: matcher(model, data))
+    return lambda params: {"matches": prepared()(params)[1]}
 
 
 def show_matches(
     settings: CLIPTrain, model: CLIP, params, data: PictureBatches, console: Console
 ) -> None:
     """Draws held-out captions beside the held-out pictures that fit them best."""
-    logits = jax.jit(lambda p, t: model.apply({"params": params}, as_floats(p), t))
-    pictures = np.concatenate([b["pictures"][b["loss_weights"] > 0] for b in data.evaluation])
-    captions = np.concatenate([b["captions"][b["loss_weights"] > 0] for b in data.evaluation])
-    ranks = np.asarray(logits(pictures, captions)).argsort(0)[::-1].T
-    found = ranks == np.arange(len(ranks))[:, None]
-    rows = [
-        (text_of(data.tokenizer, captions[i]), [pictures[i], *pictures[ranks[i, :BEST]]])
-        for i in range(0, len(captions), max(1, len(captions) // SHOWN))
-    ][:SHOWN]
-    names = ["its own", *map(str, range(1, BEST + 1))]
-    path = save_sheet(sheet(rows, names), settings.workdir, "matches", settings.steps)
+    found, image = matcher(model, data)(params)
+    path = save_sheet(image, settings.workdir, "matches", settings.steps)
     console.print(
-        f"of {len(pictures)} held-out pictures, the one of a name is the first in"
+        f"of {len(found)} held-out pictures, the one of a name is the first in"
         f" {found[:, 0].mean():.0%} of cases and among the first five in"
-        f" {found[:, :5].any(1).mean():.0%} (chance: {1 / len(pictures):.1%})\nlook at {path}"
+        f" {found[:, :5].any(1).mean():.0%} (chance: {1 / len(found):.1%})\nlook at {path}"
     )
+
+
+def matcher(model: CLIP, data: PictureBatches) -> Callable[[Any], tuple[np.ndarray, Image]]:
+    """From parameters to what they find for held-out captions, the first `JUDGED` of them.
+
+    That is: bool [captions, places], whether a caption's own picture has this place among all of
+    them; and a sheet of some captions and their first pictures.
+    """
+    logits = jax.jit(lambda params, p, t: model.apply({"params": params}, as_floats(p), t))
+    pictures, captions = (
+        np.concatenate(
+            [batch[name][batch["loss_weights"] > 0][:JUDGED] for batch in data.evaluation]
+        )[:JUDGED]
+        for name in ("pictures", "captions")
+    )
+
+    def match(params):
+        ranks = np.asarray(logits(params, pictures, captions)).argsort(0)[::-1].T
+        rows = [
+            (text_of(data.tokenizer, captions[i]), [pictures[i], *pictures[ranks[i, :BEST]]])
+            for i in range(0, len(captions), max(1, len(captions) // SHOWN))
+        ][:SHOWN]
+        found = ranks == np.arange(len(ranks))[:, None]
+        return found, sheet(rows, ["its own", *map(str, range(1, BEST + 1))])
+
+    return match
 
 
 def text_of(tokenizer, ids: np.ndarray) -> str:

@@ -29,7 +29,6 @@ from lmjax.data.pictures import SUFFIXES
 from lmjax.data.pixels import UnreadablePicture, read_picture
 from lmjax.decoding.sampling import Sampling
 from lmjax.evaluation.pictures import sheet
-from lmjax.interop.safetensors import CONFIG, read_json
 from lmjax.loading import describe
 from lmjax.tasks.task import as_floats
 
@@ -90,7 +89,7 @@ def main() -> None:
     data = dataclasses.replace(dalle_train.EMOJI.data, truncate=settings.truncate)
     run = dataclasses.replace(dalle_train.EMOJI, data=data, dvae=settings.dvae, seed=settings.seed)
     easel = Easel(run, model, tokenizer)
-    check_dvae(settings, easel)
+    easel.check(settings.checkpoint)
     top = None
     if settings.complete is not None:
         top = given_rows(settings, easel, model.config.grid)
@@ -122,17 +121,6 @@ def check_picture(path: Path | None) -> None:
         raise ValueError(
             f"--complete {path} cannot be read ({error}): give a file of a picture"
         ) from error
-
-
-def check_dvae(settings: DALLEGenerate, easel: Easel) -> None:
-    """Raises ValueError if the DALL-E was trained on the codes of another dVAE."""
-    trained_with = read_json(Path(settings.checkpoint) / CONFIG)["identity"]["data"]["dvae"]
-    found = easel.fingerprint()
-    if found != trained_with:
-        raise ValueError(
-            f"--dvae {settings.dvae} is not the one that {settings.checkpoint} was trained with (of"
-            f" SHA-256 {trained_with[:12]}, and it has {found[:12]}): give the workdir of that one"
-        )
 
 
 def trained(flag: str, place: str, kind: str):

@@ -5,6 +5,7 @@ Paper: Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", sections 2.1 an
     python -m experiments.dvae_train
     python -m experiments.dvae_train --data.folder photos --workdir runs/dvae-photos
     python -m experiments.dvae_train --model.nearest --workdir runs/vqvae-emoji
+    python -m experiments.dvae_train --preset coco --data.folder ~/coco --workdir /data/dvae-coco
     python -m experiments.dvae_train --preset paper --data.tfds coco_captions --workdir /data/dvae
 
 The first trains `emoji` on 3,792 emoji of 64 x 64 pixels, which become 8 x 8 of 512 codes: about
@@ -17,29 +18,32 @@ makes a VQ-VAE of the same network.
 pixels; the weight of the KL divergence rises to 6.6 in 5,000 steps, the temperature falls to 1/16
 in 150,000 and the rate from 1e-4 to 1.25e-6 in 1,200,000, all along half a cosine; a moving average
 of the weights with decay 0.999. `coco` is that model for the 82,783 pictures of MS-COCO 2014, whose
-codes the presets of that name of `experiments.dalle_train` take: 77 epochs, by schedules that are
-so much shorter. `emoji` departs from it, as `lmjax.tasks.dvae` and the model say:
-with minutes instead of weeks, codes must be kept in use.
+codes the presets of that name of `experiments.dalle_train` take, by a recipe that is ours: 77
+epochs, with a temperature that falls in 50,000 steps and a rate that does in 100,000. `emoji`
+departs from the paper, as `lmjax.tasks.dvae` and the model say: with minutes instead of weeks,
+codes must be kept in use.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from PIL.Image import Image
+from jaxtyping import Int, UInt8
+from PIL.Image import Image, fromarray
 from rich.console import Console
 
 from lmjax import command_line
 from lmjax.data.picture_batches import PictureBatches
 from lmjax.data.pictures import PictureData
 from lmjax.data.pixels import dvae_crop
-from lmjax.evaluation.pictures import as_bytes, psnr, save_sheet, sheet, use_of_codes
+from lmjax.evaluation.pictures import as_bytes, save_sheet, sheet
 from lmjax.models import dvae
-from lmjax.models.dvae import DVAE, DVAEConfig, codes_of
+from lmjax.models.dvae import DVAE, DVAEConfig, codes_of, usage
 from lmjax.pretraining import PictureRun, optimizer_choices, pretrain
-from lmjax.tasks.dvae import Autoencoding, GumbelSoftmax, HalfCosine, Nearest
+from lmjax.tasks.dvae import Autoencoding, GumbelSoftmax, HalfCosine, Nearest, decibels
 from lmjax.tasks.task import as_floats
 from lmjax.training.execution import ExecutionOptions
 from lmjax.training.fit import FitOptions, Watch
@@ -66,6 +70,11 @@ class DVAETrain(PictureRun):
     def __post_init__(self):
         super().__post_init__()
         if not self.model.nearest:
+            if self.commitment != DVAETrain.commitment and self.init is None:
+                raise ValueError(
+                    f"--commitment is {self.commitment}, but only a VQ-VAE has that: add"
+                    " --model.nearest, or leave it out"
+                )
             return
         mine, *presets = (
             (run.beta, run.temperature, run.balance) for run in (self, *PRESETS.values())
@@ -157,24 +166,44 @@ def show_reconstructions(
     settings: DVAETrain, model: DVAE, params, data: PictureBatches, console: Console
 ) -> None:
     """Draws held-out pictures beside their reconstructions, and the use of the codes."""
-    rebuild = through_codes(model)
-    found, pictures, again = [], [], []
-    for batch in data.evaluation:
-        real = batch["loss_weights"] > 0
-        codes, rebuilt = rebuild(params, batch["pictures"])
-        found.append(codes[real])
-        pictures.append(batch["pictures"][real])
-        again.append(rebuilt[real])
-    pictures, again = np.concatenate(pictures), np.concatenate(again)
-    save_sheet(beside(pictures, again), settings.workdir, "reconstructions", settings.steps)
-    counts = np.bincount(np.concatenate(found).reshape(-1), minlength=settings.model.codes)
-    draw_use(counts, settings.workdir / "codes.png")
-    used, perplexity = use_of_codes(counts)
+    found = rebuilt(model, params, data)
+    sheets = {
+        "reconstructions": beside(found.pictures, found.again),
+        "codes": use_chart(np.bincount(found.codes.reshape(-1), minlength=settings.model.codes)),
+    }
+    for name, image in sheets.items():
+        save_sheet(image, settings.workdir, name, settings.steps)
     console.print(
-        f"held-out pictures after going through their codes: {psnr(pictures, again).mean():.2f} dB;"
-        f" {used} of {len(counts)} codes are in use, as evenly as {perplexity:.0f}"
+        f"held-out pictures after going through their codes: {found.figures(settings.model)}"
         f"\nlook at {settings.workdir / 'reconstructions.png'} and codes.png"
     )
+
+
+class Rebuilt(NamedTuple):
+    """What is left of pictures after going through their codes."""
+
+    pictures: UInt8[np.ndarray, "N R R 3"]
+    again: UInt8[np.ndarray, "N R R 3"]
+    codes: Int[np.ndarray, "N H W"]
+
+    def figures(self, config: DVAEConfig) -> str:
+        """In words, how much is left and how evenly codes are used."""
+        errors = ((self.pictures / 255 - self.again / 255) ** 2).mean((1, 2, 3))
+        used, perplexity = usage(self.codes, config)
+        return (
+            f"{decibels(errors).mean():.2f} dB; {used} of {config.codes} codes are in use, as"
+            f" evenly as {perplexity:.0f}"
+        )
+
+
+def rebuilt(model: DVAE, params, data: PictureBatches) -> Rebuilt:
+    """All pictures that evaluation looks at."""
+    rebuild, parts = through_codes(model), []
+    for batch in data.evaluation:
+        real = batch["loss_weights"] > 0
+        codes, again = rebuild(params, batch["pictures"])
+        parts.append((batch["pictures"][real], again[real], codes[real]))
+    return Rebuilt(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def through_codes(model: DVAE):
@@ -199,18 +228,19 @@ def beside(pictures: np.ndarray, again: np.ndarray) -> Image:
     return sheet(rows)
 
 
-def draw_use(counts: np.ndarray, path: Path) -> None:
+def use_chart(counts: np.ndarray) -> Image:
     """How often each code occurs, the most frequent first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), dpi=120)
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="codes, the most frequent first", ylabel="share of places")
     axes.bar(np.arange(len(counts)), np.sort(counts)[::-1] / counts.sum(), width=1.0)
     axes.axhline(1 / len(counts), color="black", linewidth=0.8, linestyle="--")
     figure.tight_layout()
-    figure.savefig(path)
+    canvas.draw()
+    return fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 if __name__ == "__main__":

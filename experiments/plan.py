@@ -146,18 +146,18 @@ def planned(settings, topology):
         options=settings.mesh,
         devices=topology.devices,
     )
-    described = abstract_parameters(task)
-    notes = list(layout.summary(*described))
-    if settings.compression is not None:
-        notes.append(settings.compression.sums(*described, layout).summary)
+    prepared = prepare(
+        task,
+        optimizer,
+        layout,
+        microbatches=settings.fit.microbatches,
+        compression=settings.compression,
+    )
+    notes = layout.summary(*abstract_parameters(task))
+    if prepared.sums is not None:
+        notes.append(prepared.sums.summary)
     return plan_step(
-        prepare(
-            task,
-            optimizer,
-            layout,
-            microbatches=settings.fit.microbatches,
-            compression=settings.compression,
-        ),
+        prepared,
         batch,
         layout,
         topology,

@@ -34,7 +34,7 @@ from lmjax.training.fit import FitOptions, Fitted, Watch, fit
 from lmjax.training.optimizers import Adafactor, AdamW
 from lmjax.training.schedules import Constant, Cosine, InverseSquareRoot, Linear
 from lmjax.training.state import Averaging
-from lmjax.training.step import arrange, check_compression
+from lmjax.training.step import arrange, compressed_sums
 
 
 class Data(Protocol):
@@ -68,7 +68,7 @@ class Run(abc.ABC):
     compress: int | None = None
     """Sum gradients over the mesh's `data` axis as matrices of this rank, by PowerSGD: for slow
     networks between hosts. Devices that each hold a part of a parameter share the rank among them.
-    The mesh must then stay when a run is resumed."""
+    Strategy and mesh must then stay when a run is resumed."""
     seed: int = 0
     """Of the parameters, the order of the data, its noise and dropout."""
     init: str | None = None
@@ -86,7 +86,7 @@ class Run(abc.ABC):
     strategy: StrategyName = "auto"
     """How model and batch are divided over the devices: pmap and dp (the whole model on each), fsdp
     (parameters divided), tp (products divided), fsdp_tp (both), or what the model's size asks for
-    (auto). It may change when a run is resumed, as may --mesh."""
+    (auto). It may change when a run is resumed, as may --mesh, unless it is compressed."""
     mesh: MeshOptions = MeshOptions()
     distributed: Distributed = Distributed()
     execution: ExecutionOptions = ExecutionOptions()
@@ -269,7 +269,7 @@ def pretrain(
         strategy=settings.strategy,
         options=settings.mesh,
     )
-    check_compression(task, layout, settings.compression)
+    compressed_sums(task, layout, settings.compression)  # so that it is refused before data is read
     # Hosts may share a cache: the first one fills it.
     with multihost.first_process_first("data", timeout=24 * 3_600):
         data = settings.read(start, layout.share)

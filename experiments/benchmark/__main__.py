@@ -156,21 +156,21 @@ class DALLE(Turns):
     samples: int = 2
     """Pictures drawn at once."""
     dvae: str = "runs/dvae-emoji"
-    """The workdir of a trained dVAE,"""
+    """The workdir of a trained dVAE, to be judged by what it leaves of pictures."""
     dalle: str = "runs/dalle-emoji"
-    """and of the DALL-E on its codes, to be judged by what they give back and draw."""
+    """The workdir of a DALL-E trained on the codes of that dVAE, to be judged by what it draws."""
 
     def cases(self) -> list[Case]:
         from lmjax.models.dalle import DALLEConfig
 
         if self.samples < 1:
             raise ValueError(f"--samples is {self.samples}, not 1 or more")
-        for name, module in (("dvae", "dvae_train"), ("dalle", "dalle_train")):
+        for name in ("dvae", "dalle"):
             place = getattr(self, name)
-            if place != getattr(DALLE, name) and not (Path(place) / "config.json").exists():
+            if place != getattr(DALLE, name) and not is_workdir(place):
                 raise ValueError(
-                    f"--{name} {place} holds no trained {name}: run `python -m experiments.{module}"
-                    f" --workdir {place}` first, or leave it out"
+                    f"--{name} {place} holds no trained {name}: run `python -m"
+                    f" experiments.{name}_train --workdir {place}` first, or leave it out"
                 )
         config = DALLEConfig(
             text_vocab=512,
@@ -198,14 +198,21 @@ class DALLE(Turns):
             )
         ]
 
-    def trained(self, console: Console) -> dict[str, str]:
-        """Figures of what has been trained."""
-        missing = [p for p in (self.dvae, self.dalle) if not (Path(p) / "config.json").exists()]
-        if missing:
-            console.print(f"not judged, because nothing is trained in {' and '.join(missing)}")
-            return {}
-        given = {"dvae": self.dvae, "dalle": self.dalle}
-        return in_own_process("what is trained", "experiments.benchmark.trained", **given)
+    def trained(self) -> dict[str, str]:
+        """Figures of what has been trained, or why there are none."""
+        if not is_workdir(self.dvae):
+            return {"what is trained": f"not judged: there is no dVAE in {self.dvae}"}
+        dalle = self.dalle if is_workdir(self.dalle) else None
+        try:
+            return in_own_process(
+                "judging", "experiments.benchmark.trained", dvae=self.dvae, dalle=dalle
+            )
+        except ValueError as error:
+            return {"what is trained": str(error)}
+
+
+def is_workdir(place: str) -> bool:
+    return (Path(place) / "config.json").exists()
 
 
 def described(config) -> dict:
@@ -233,7 +240,7 @@ def main() -> None:
         given = {"system": system, "case": dataclasses.asdict(cases[0])}
         extras = in_own_process("lmjax alone", "experiments.benchmark.alone", **given)
         if isinstance(settings, DALLE):
-            extras |= settings.trained(console)
+            extras |= settings.trained()
     for name, value in extras.items():
         console.print(f"{name}: {value}")
     if settings.json is not None:

@@ -1,51 +1,49 @@
-"""How well a trained dVAE and a DALL-E on its codes do what they were trained for, on emoji."""
+"""How well a trained dVAE, and a DALL-E on its codes, do what they were trained for, on emoji."""
 
 import dataclasses
-
-import numpy as np
+from pathlib import Path
 
 import lmjax
-from experiments import dalle_train
+from experiments import dalle_train, dvae_train
 from experiments.dalle_train import Easel, told_apart
-from experiments.dvae_train import through_codes
-from lmjax.data.pictures import PictureData, open_pictures
-from lmjax.data.pixels import middle_crop, read_picture
-from lmjax.evaluation.pictures import psnr, use_of_codes
+from experiments.dvae_train import rebuilt
+from lmjax.data.pictures import open_pictures
+from lmjax.interop.safetensors import CONFIG, read_json
 
 
-def measure(dvae: str, dalle: str) -> dict[str, str]:
-    """Of the workdirs of both."""
-    return {**rebuilt(dvae), **conditioned(dvae, dalle)}
+def measure(dvae: str, dalle: str | None) -> dict[str, str]:
+    """Of the workdirs of both, or of the dVAE alone.
 
-
-def rebuilt(dvae: str) -> dict[str, str]:
-    """What is left of all held-out emoji after going through their codes."""
+    Raises:
+        ValueError: one of them was trained on other pictures, or the DALL-E with another dVAE.
+    """
+    splits = open_pictures(dvae_train.EMOJI.data)
+    for workdir in filter(None, (dvae, dalle)):
+        if trained_on(workdir)["pictures"] != splits["train"].fingerprint:
+            raise ValueError(f"{workdir} was not trained on emoji_captions")
     model, params, _ = lmjax.load(dvae)
-    held_out, size = open_pictures(PictureData())["validation"], model.config.size
-    pictures = np.stack(
-        [middle_crop(read_picture(held_out.file(i), size), size) for i in range(len(held_out))]
-    )
-    codes, again = through_codes(model)(params, pictures)
-    used, perplexity = use_of_codes(np.bincount(codes.reshape(-1), minlength=model.config.codes))
-    return {
-        f"{len(pictures)} held-out emoji through {model.config.codes} codes": (
-            f"{psnr(pictures, again).mean():.2f} dB; {used} codes in use, as evenly as"
-            f" {perplexity:.0f}"
+    settings = dataclasses.replace(dvae_train.EMOJI, model=model.config)
+    held_out = rebuilt(model, params, settings.read(None, (0, 1)))
+    figures = {
+        f"{len(held_out.pictures)} held-out emoji through their codes": held_out.figures(
+            model.config
         )
     }
-
-
-def conditioned(dvae: str, dalle: str) -> dict[str, str]:
-    """How often a drawing is nearer to its own original than to those of other captions."""
+    if dalle is None:
+        return figures
     model, params, tokenizer = lmjax.load(dalle)
     easel = Easel(dataclasses.replace(dalle_train.EMOJI, dvae=dvae), model, tokenizer)
-    figures = {}
+    easel.check(dalle)
+    language = trained_on(dalle)["language"]
     for split, about in (("train", "trained on"), ("validation", "held out")):
-        pictures = open_pictures(PictureData())[split]
-        for language in ("en", "ko"):
-            count, right = told_apart(easel, params, pictures, language)
-            name = (
-                f"drawings of {count} captions {about}, {language}, nearest to their own original"
+        for name in ("en", "ko") if language == "both" else (language,):
+            count, right = told_apart(easel, params, splits[split], name)
+            figures[f"drawings of {count} captions {about}, {name}, nearest to their original"] = (
+                f"{right:.0%} (chance: {1 / count:.1%})"
             )
-            figures[name] = f"{right:.0%} (chance: {1 / count:.1%})"
     return figures
+
+
+def trained_on(workdir: str) -> dict:
+    """What a run has recorded of its data."""
+    return read_json(Path(workdir) / CONFIG)["identity"]["data"]

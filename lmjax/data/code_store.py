@@ -60,7 +60,8 @@ class CodeStore:
 def code_directory(
     pictures: Pictures, model_sha256: str, size: int, crops: int | None = None
 ) -> Path:
-    """Where the cache keeps the codes that a model makes of the pictures, `size` pixels a side."""
+    """Where the cache keeps the codes that a model makes of the pictures, `size` pixels a side: of
+    their middles, or of so many `crops` of each."""
     key = f"{FORMAT} {pictures.fingerprint} {model_sha256} {size} {crops}"
     name = hashlib.sha256(key.encode()).hexdigest()
     return cache.cache_dir() / "picture_codes" / name[:24]
@@ -88,9 +89,11 @@ def build_code_store(
         unusable: what to do about files that cannot be read, or could not when the codes were made.
 
     Raises:
-        ValueError: a file cannot be read, and those are refused, or none can be; or a code has
-            more than 16 bits.
+        ValueError: fewer crops than one; a file cannot be read, and those are refused, or none can
+            be; or a code has more than 16 bits.
     """
+    if crops is not None and crops < 1:
+        raise ValueError(f"the codes of {crops} crops of each picture are asked for, not 1 or more")
     directory = code_directory(pictures, model_sha256, size, crops)
     with cache.lock(directory):
         if not directory.exists():

@@ -40,20 +40,6 @@ def nearest(
     return errors.argmin(1)
 
 
-def psnr(
-    pictures: UInt8[np.ndarray, "N R R 3"], again: UInt8[np.ndarray, "N R R 3"]
-) -> Float[np.ndarray, " N"]:
-    """Peak signal-to-noise ratio of what is left of pictures, in decibels; of equal ones 60."""
-    errors = ((pictures / 255 - again / 255) ** 2).mean((1, 2, 3))
-    return -10 * np.log10(np.maximum(errors, 1e-6))
-
-
-def use_of_codes(counts: Int[np.ndarray, " V"]) -> tuple[int, float]:
-    """(how many codes occur at all, how many that occur equally often would be as uncertain)."""
-    frequencies = counts[counts > 0] / counts.sum()
-    return len(frequencies), float(np.exp(-(frequencies * np.log(frequencies)).sum()))
-
-
 def as_bytes(pictures: Float[np.ndarray, "*N R R 3"]) -> UInt8[np.ndarray, "*N R R 3"]:
     """From [0, 1] to 0 ... 255."""
     return np.rint(np.clip(np.asarray(pictures), 0, 1) * 255).astype(np.uint8)

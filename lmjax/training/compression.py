@@ -76,7 +76,7 @@ class PowerSGD:
 
     rank: int
     """Of the matrices that replace a whole gradient; the more, the closer. Where a device holds one
-    of eight parts, it replaces that by matrices of an eighth of the rank."""
+    of eight parts, it replaces that by matrices of an eighth of the rank, rounded up."""
 
     def __post_init__(self):
         if self.rank < 1:
@@ -111,19 +111,20 @@ class PowerSGD:
         entries = layout.parameter(axes, shape)
         own = layout.sharding(entries).shard_shape(shape)
         matrix = len(axes) - (axes[:1] == ("layers",)) == 2 and not TABLES & set(axes)
-        rank = math.ceil(self.rank * math.prod(own[-2:]) / math.prod(shape[-2:])) if matrix else 0
-        return Part(shape, own, entries, rank)
+        ways = math.prod(shape[-2:]) // math.prod(own[-2:])
+        return Part(shape, own, entries, rank=-(-self.rank // ways) if matrix else 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressedSums:
-    """Sums of gradients over the replicas along `COMPRESSED_AXIS`."""
+    """How gradients are summed over the replicas along `COMPRESSED_AXIS`, made by `PowerSGD`."""
 
     parts: dict[str, Part]
     """Of the parameters whose gradients are compressed, by name."""
     others: int
     """Numbers that a device holds of all others, whose gradients are summed as they are."""
     replicas: int
+    """Devices along `COMPRESSED_AXIS`."""
 
     @property
     def summary(self) -> str:
@@ -159,6 +160,9 @@ class CompressedSums:
     ) -> tuple[Params, Compression]:
         """About the sum of the replicas' gradients, and what is carried on.
 
+        Called where `COMPRESSED_AXIS` is manual, as in a shard_map, and the axes of the mesh that
+        divide the parts are left to the compiler.
+
         Args:
             compression: with this replica's errors alone.
             psum: sums a tree over the replicas.
@@ -189,6 +193,8 @@ class CompressedSums:
                     {name: PartitionSpec(part.mesh_axes) for name, part in parts},
                 ),
             )
+            # Whole matrices are summed in each group of devices by itself. That gives the same, as
+            # JAX trusts of all that lies whole on several devices.
             of_parts = jax.shard_map(
                 of_parts, in_specs=specs, out_specs=specs, axis_names=divided, check_vma=False
             )

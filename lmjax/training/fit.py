@@ -135,8 +135,8 @@ def fit(
         watch: pictures to follow the run by, of the parameters that were just evaluated; not called
             before the first step and after the last, nor again after it ran out of memory.
         averaging: keep a moving average of the parameters, and evaluate that.
-        compression: of the gradients that are summed over the mesh's `data` axis. The mesh then
-            has to stay when the run is resumed.
+        compression: of the gradients that are summed over the mesh's `data` axis. Strategy and
+            mesh then have to stay when the run is resumed.
         init: gives the parameters to start from; called only where there is no checkpoint.
         layout: how the model and its batch are divided over the devices, by default as
             `step.arrange` would have it. It may change when the run is resumed.
@@ -196,8 +196,8 @@ def fit(
         _print(parameter_summary(target.params))
         if layout.mesh.size > 1:
             _print("\n  ".join(layout.summary(*abstract_parameters(task))))
-        if compression is not None:
-            _print(f"  {compression.sums(*abstract_parameters(task), layout).summary}")
+        if prepared.sums is not None:
+            _print(f"  {prepared.sums.summary}")
         _print(memory_summary(target))
 
         # The large arrays come last: whatever can be wrong is found before.

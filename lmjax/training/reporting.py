@@ -225,7 +225,8 @@ class Events:
                 del sys.modules["torch"]
         directory.mkdir(exist_ok=True)
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._file = EventsWriter(str(directory / "events"), f".{first_step}")
+        # The seconds in its name may be those of another file.
+        self._file = EventsWriter(str(directory / "events"), f".{first_step}.{time.time_ns()}")
         self._flushed = time.monotonic()
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._file.write_event(self._event(step=first_step + 1, session_log=start))

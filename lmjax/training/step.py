@@ -257,6 +257,8 @@ class Prepared(NamedTuple):
     """Builds the first state, from parameters if they are given."""
     target: TrainState
     """That state's shapes and shardings."""
+    sums: CompressedSums | None
+    """How gradients are compressed, if they are."""
 
 
 def prepare(
@@ -276,10 +278,9 @@ def prepare(
             time for a task that needs all of it.
     """
     check_whole_batch(task, layout, microbatches)
-    check_compression(task, layout, compression)
     params, axes, _, extra_axes = abstract_init(task)
     transformation = optimizer.transformation(axes, task.labels(params))
-    sums = None if compression is None else compression.sums(params, axes, layout)
+    sums = compressed_sums(task, layout, compression)
     build = functools.partial(
         init_state, task, transformation, averaging is not None, seed, compression=sums
     )
@@ -312,7 +313,7 @@ def prepare(
         step = by_replicas(
             functools.partial(step, replicas=COMPRESSED_AXIS, compression=sums), layout
         )
-    return Prepared(step, build, target)
+    return Prepared(step, build, target, sums)
 
 
 def by_replicas(step: Callable, layout: Layout) -> Callable:
@@ -339,10 +340,16 @@ def by_replicas(step: Callable, layout: Layout) -> Callable:
     )
 
 
-def check_compression(task: Task, layout: Layout, compression: PowerSGD | None) -> None:
-    """Raises ValueError where gradients cannot be compressed, or there is nothing to compress."""
+def compressed_sums(
+    task: Task, layout: Layout, compression: PowerSGD | None
+) -> CompressedSums | None:
+    """How gradients are compressed, if they are.
+
+    Raises:
+        ValueError: they cannot be, or there is nothing to compress.
+    """
     if compression is None:
-        return
+        return None
     name = type(task).__name__
     if getattr(task, "couples_rows", False):
         raise ValueError(
@@ -364,7 +371,7 @@ def check_compression(task: Task, layout: Layout, compression: PowerSGD | None) 
             f"gradients of {name} are not compressed, because it carries arrays along from step to"
             f" step: {', '.join(carried)}"
         )
-    compression.sums(params, axes, layout)
+    return compression.sums(params, axes, layout)
 
 
 def refuse_for_pmap(extra_axes: dict[str, Axes]) -> None:

@@ -22,8 +22,8 @@ import lmjax
 from experiments import clip_train, dalle_train, dvae_train
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark.trained import measure as judge
-from experiments.dalle_generate import DALLEGenerate, check_dvae, check_picture, trained
-from experiments.dalle_train import SAMPLES, sample_rows
+from experiments.dalle_generate import DALLEGenerate, check_picture, trained
+from experiments.dalle_train import SAMPLES, Easel, sample_rows
 from lmjax.data.captions import CaptionedPictureData
 from lmjax.data.pixels import UnreadablePicture
 from lmjax.loading import TOKENIZER, describe
@@ -86,6 +86,7 @@ def test_pictures_through_codes(dvae):
     codes = model.apply({"params": params}, np.zeros((1, 16, 16, 3)), method="encode")
     assert codes.shape == (1, 4, 4, 32)
     assert pictures_shown(dvae.workdir, "reconstructions") == [20, 40, 60]
+    assert pictures_shown(dvae.workdir, "codes") == [60]
 
 
 def test_captions_to_pictures(dalle):
@@ -97,16 +98,28 @@ def test_captions_to_pictures(dalle):
     assert pictures_shown(dalle.workdir, "samples") == [20, 40]
 
 
-def test_the_benchmark_judges_what_is_trained(cache, dvae, dalle, monkeypatch):
+def test_the_benchmark_judges_what_is_trained(cache, dvae, dalle, clip, tmp_path, monkeypatch):
+    """With the figures that training ended with."""
     monkeypatch.setenv("LMJAX_CACHE", str(cache))
-    given = {"dvae": str(dvae.workdir), "dalle": str(dalle.workdir)}
-    rebuilt, *drawn = judge(**given).items()
-    name, text = rebuilt
-    assert re.fullmatch(r"\d{3} held-out emoji through 32 codes", name)
-    assert float(text.split(" dB; ")[0]) > 5 and "codes in use" in text
-    printed = re.findall(r"in (\d+% of cases \(chance: .*?\))", dalle.printed)
-    assert [text.replace(" (", " of cases (") for _, text in drawn] == printed
-    assert "captions held out, ko, nearest" in drawn[-1][0]
+    dvae_only, both = judge(str(dvae.workdir), None), judge(str(dvae.workdir), str(dalle.workdir))
+    ((name, text),) = dvae_only.items()
+    assert name == "128 held-out emoji through their codes" and both.pop(name) == text
+    printed = re.findall(r"in (\d+% of cases \(chance: .*?\))", " ".join(dalle.printed.split()))
+    assert [text.replace(" (", " of cases (") for text in both.values()] == printed
+    assert "captions held out, ko, nearest" in list(both)[-1]
+    folder = shutil.copytree(
+        dalle.workdir, tmp_path / "folder", ignore=shutil.ignore_patterns("ch*")
+    )
+    config = (folder / "config.json").read_text()
+    config = re.sub(r'"pictures": "\w+"', '"pictures": "others"', config)
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="folder was not trained on emoji_captions"):
+        judge(str(dvae.workdir), str(folder))
+
+    settings = benchmark.DALLE(dvae=str(dvae.workdir), dalle=str(clip.workdir))
+    assert "judging failed" in settings.trained()["what is trained"]
+    nothing = benchmark.DALLE().trained()["what is trained"]
+    assert nothing == "not judged: there is no dVAE in runs/dvae-emoji"
     with pytest.raises(ValueError, match="--dvae nowhere holds no trained dvae: run .*dvae_train"):
         benchmark.DALLE(dvae="nowhere").cases()
 
@@ -171,6 +184,7 @@ def pictures_shown(workdir, name) -> list[int]:
 
 def test_pictures_are_matched_drawn_and_ranked(run, dvae, dalle, clip, tmp_path):
     assert "among the first five" in clip.printed
+    assert pictures_shown(clip.workdir, "matches") == [20, 40]
     places = ["--checkpoint", dalle.workdir, "--dvae", dvae.workdir, "--clip", clip.workdir]
     drawn = tmp_path / "drawn.png"
     flags = ["--samples", 6, "--shown", 3, "--rerank", "clip", "--output", drawn]
@@ -210,13 +224,17 @@ def test_dvaes_that_do_not_fit(run, dvae, tmp_path, flags, words):
     assert not (tmp_path / "w").exists()
 
 
-def test_what_is_no_dvae_or_another_one_is_refused(dalle, clip):
+def test_what_is_no_dvae_or_another_one_is_refused(dvae, dalle, clip, tmp_path):
     with pytest.raises(ValueError, match="holds a clip, not a dvae"):
         dalle_train.trained_dvae(str(clip.workdir), dalle_train.EMOJI.model)
-    easel = types.SimpleNamespace(fingerprint=lambda: "another")
-    settings = DALLEGenerate(("x",), checkpoint=str(dalle.workdir))
-    with pytest.raises(ValueError, match="is not the one that .*dalle was trained with"):
-        check_dvae(settings, easel)
+    model, _, tokenizer = lmjax.load(dalle.workdir)
+    easel = Easel(dataclasses.replace(dalle_train.EMOJI, dvae=str(dvae.workdir)), model, tokenizer)
+    easel.check(dalle.workdir)
+    config = json.loads((dalle.workdir / "config.json").read_text())
+    config["identity"]["data"]["dvae"] = "another"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="--dvae .*dvae is not the one that .* was trained with"):
+        easel.check(tmp_path)
 
 
 def test_clips_without_a_tokenizer(clip, tmp_path):
@@ -247,6 +265,8 @@ def test_settings_that_would_do_nothing():
     vq_vae = dataclasses.replace(dvae_train.EMOJI, model=nearest)
     with pytest.raises(ValueError, match="--model.nearest makes a VQ-VAE"):
         dataclasses.replace(vq_vae, beta=HalfCosine(0, 1, 10))
+    with pytest.raises(ValueError, match="--commitment is 0.5, but only a VQ-VAE has that: add"):
+        dataclasses.replace(dvae_train.EMOJI, commitment=0.5)
 
 
 @pytest.mark.full

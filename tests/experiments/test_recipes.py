@@ -264,3 +264,13 @@ def test_a_published_recipe(module, preset, recipe):
     for name, expected in {"optimizer.schedule": recipe.rates, **recipe.schedules}.items():
         found = [setting(name)(step) for step in expected]
         np.testing.assert_allclose(found, [*expected.values()], rtol=1e-5, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("preset", ["emoji", "coco", "paper"])
+def test_the_stages_of_dalle_fit_each_other(preset):
+    """A preset's DALL-E looks for the dVAE where that preset's has been trained, with its codes."""
+    dvae, dalle = dvae_train.PRESETS[preset], dalle_train.PRESETS[preset]
+    assert dalle.dvae == str(dvae.workdir)
+    assert (dalle.model.image_vocab, dalle.model.grid) == (dvae.model.codes, dvae.model.grid)
+    assert dalle_train.PRESETS["korean-coco"].dvae == dalle_train.PRESETS["coco"].dvae
+    assert (dalle.crops, dalle.data.augment) == ({"emoji": None, "coco": 4, "paper": 2}[preset], 0)

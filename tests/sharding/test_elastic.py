@@ -64,5 +64,6 @@ def test_a_compressed_run_goes_on_with_the_same_mesh_alone(tmp_path):
     run(tmp_path / "parts", 2, **settings)
     run(tmp_path / "parts", 4, **settings)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    failed = run(tmp_path / "parts", 6, **{**settings, "devices": 8}, fails=True)
-    assert "compression.mesh.data 2 -> 4" in failed and "Traceback" not in failed
+    other = {**settings, "devices": 8, "mesh": '{"fsdp": 4}'}  # as many replicas
+    failed = run(tmp_path / "parts", 6, **other, fails=True)
+    assert "compression.mesh.fsdp 2 -> 4" in failed and "Traceback" not in failed
