@@ -5,10 +5,11 @@
         "a chair in the shape of an avocado"
     python -m experiments.dalle_generate --complete avocado.png --rows 4 "avocado"
 
-Each caption becomes a row of drawings.png (--output). --rerank clip draws --samples pictures and
-shows the --shown best of them, as the CLIP in --clip (`experiments.clip_train`) ranks them; without
-it the first ones are shown. --complete gives the uppermost --rows rows of codes, to be completed.
-The DALL-E is that of `experiments.dalle_train`, with the dVAE that it was trained with.
+Each caption becomes a row of drawings.png (--output), which the DALL-E's TensorBoard has too.
+--rerank clip draws --samples pictures and shows the --shown best of them, as the CLIP in --clip
+(`experiments.clip_train`) ranks them; without it the first ones are shown. --complete gives the
+uppermost --rows rows of codes, to be completed. The DALL-E is that of `experiments.dalle_train`,
+with the dVAE that it was trained with.
 """
 
 import dataclasses
@@ -28,9 +29,10 @@ from lmjax.data.captions import CaptionEncoder
 from lmjax.data.pictures import SUFFIXES
 from lmjax.data.pixels import UnreadablePicture, read_picture
 from lmjax.decoding.sampling import Sampling
-from lmjax.evaluation.pictures import sheet
+from lmjax.evaluation.pictures import log_sheet, sheet
 from lmjax.loading import describe
 from lmjax.tasks.task import as_floats
+from lmjax.training.checkpoints import latest_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +110,13 @@ def main() -> None:
             )
         rows.append((caption, list(pictures[order[: settings.shown]])))
     settings.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(rows).save(settings.output)
+    image = sheet(rows)
+    image.save(settings.output)
     console.print(f"look at {settings.output}")
+    try:
+        log_sheet(image, Path(settings.checkpoint), "drawings", latest_step(settings.checkpoint))
+    except OSError as error:
+        console.print(f"not in TensorBoard: {error}")  # a workdir to read only
 
 
 def check_picture(path: Path | None) -> None:

@@ -73,10 +73,15 @@ def save_sheet(image: Image.Image, workdir: Path, name: str, step: int) -> Path:
     path, content = workdir / f"{name}.png", io.BytesIO()
     image.save(content, "png")
     cache.atomic_write(path, content.getvalue())
+    log_sheet(image, workdir, name, step)
+    return path
+
+
+def log_sheet(image: Image.Image, workdir: Path, name: str, step: int) -> None:
+    """Shows it in TensorBoard alone."""
     events = Events(workdir / EVENTS, step)
     events.add_picture(name, image, step)
     events.close()
-    return path
 
 
 def _font() -> ImageFont.FreeTypeFont:

@@ -195,6 +195,7 @@ def test_pictures_are_matched_drawn_and_ranked(run, dvae, dalle, clip, tmp_path)
     Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
     flags = ["--complete", tmp_path / "red.png", "--rows", 2, "--output", drawn]
     run("experiments.dalle_generate", *places, *flags, "--truncate", "red square " * 40)
+    assert pictures_shown(dalle.workdir, "drawings") == [40, 40]
     for flags, words in (
         (["--checkpoint", dvae.workdir, "x"], "holds a dvae, not a dalle"),
         (["--rows", 9, "--complete", tmp_path / "red.png", "x"], "--rows is 9"),

@@ -31,8 +31,8 @@ EACH_ONCE = ("one device", "pmap", "dp", "fsdp", "tp", "fsdp_tp, width", "fsdp_t
 FEW = {
     # Layers that differ take long to compile.
     "dalle": ("one device", "fsdp_tp, width", "fsdp_tp, length"),
-    "clip": ("one device", "fsdp", "fsdp_tp, width"),
-    "dvae": ("one device", "fsdp, replicated", "fsdp_tp, width"),
+    "clip": ("one device", "fsdp_tp, width"),
+    "dvae": ("one device", "fsdp_tp, width"),
     # The dVAE's layers.
     "vq_vae": (),
 }
@@ -46,7 +46,7 @@ def cases():
     for model in MODELS:
         whole = model in ("clip", *AUTOENCODERS)
         every = tuple(name for name in LAYOUTS if not (whole and name in IN_PARTS))
-        few = every if model.startswith("t5") else FEW.get(model, EACH_ONCE)
+        few = every if model == "t5" else FEW.get(model, EACH_ONCE)
         if few:
             yield pytest.param((model, *few), id=model)
         if few != every:
@@ -63,7 +63,7 @@ def trained(request):
 def test_every_layout_trains_as_one_device_does(trained):
     _, results, _ = trained
     alone = results["one device"]
-    assert len(results) > 2
+    assert len(results) > 1
     for name, result in results.items():
         np.testing.assert_allclose(result["losses"], alone["losses"], rtol=5e-6, err_msg=name)
         np.testing.assert_allclose(result["grad_norm"], alone["grad_norm"], rtol=2e-6)
@@ -100,7 +100,6 @@ def test_divided_parameters_take_their_part_of_the_memory(trained):
         parts = {"dp": 1, "pmap": 1, "fsdp": 1}
     if model in AUTOENCODERS:  # all but what belongs to the codes, of which there are 1,005
         parts = {"dp": 1, "fsdp": 1}
-        assert results["fsdp, replicated"]["params"] < 0.7 * whole
         assert results["fsdp_tp, width"]["params"] < 0.5 * whole
     for name in results.keys() & parts:
         if not model.startswith("t5"):  # Adam's averages lie as the parameters do
