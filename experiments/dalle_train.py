@@ -131,8 +131,7 @@ class DALLETrain(PictureRun):
         return [name for name in ("en", "ko") if self.data.language in (name, "both")]
 
     def rows(self) -> dict[str, int]:
-        captions = self.model.text_length - 1
-        return {"image_tokens": self.model.image_length, "captions": captions}
+        return {"image_tokens": self.model.image_length, "captions": self.model.text_length}
 
     def read(self, start, share) -> PictureBatches:
         """Raises ValueError where the dVAE is not there or does not fit the model."""
@@ -142,7 +141,7 @@ class DALLETrain(PictureRun):
             share,
             middle_crop,
             size,
-            caption_length=self.model.text_length - 1,
+            caption_length=self.model.text_length,
             rows=self.model.text_vocab,
             encode=encode,
         )
@@ -353,7 +352,7 @@ class Easel:
         self._dvae, self._dvae_params = trained_dvae(settings.dvae, model.config)
         self._place = settings.dvae
         self._model, self._seed = model, settings.seed
-        length = model.config.text_length - 1
+        length = model.config.text_length
         self._encode = CaptionEncoder(tokenizer, length, truncate=settings.data.truncate).encode
         self._decode = jax.jit(self._picture)
 
@@ -367,7 +366,7 @@ class Easel:
     ) -> np.ndarray:
         """uint8 [captions, samples, R, R, 3]. `top` has the first codes of every caption's."""
         ids = [self._encode(caption) for caption in captions]
-        padded = np.zeros((len(ids), self._model.config.text_length - 1), np.int32)
+        padded = np.zeros((len(ids), self._model.config.text_length), np.int32)
         for row, one in zip(padded, ids, strict=True):
             row[: len(one)] = one
         drawn = draw(

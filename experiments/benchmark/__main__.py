@@ -188,11 +188,11 @@ class DALLE(Turns):
                 "dalle",
                 described(config),
                 batch=self.batch,
-                inputs=config.text_length - 1,
+                inputs=config.text_length,
                 targets=config.image_length,
                 steps=self.steps,
                 decode_batch=self.samples,
-                decode_inputs=config.text_length - 1,
+                decode_inputs=config.text_length,
                 decode_tokens=config.image_length,
                 kinds=config.kinds,
             )

@@ -55,9 +55,8 @@ def model_of(case: Case, drawing: bool) -> DALLE:
 
 def tokens_of(case: Case, rows: int, device) -> list[torch.Tensor]:
     """[rows, text_length] and [rows, targets]"""
-    captions, codes = picture_tokens(case, rows)
-    captions = np.pad(captions, ((0, 0), (0, 1)))  # the rest of the text is padding, 0
-    return [torch.from_numpy(x.astype(np.int64)).to(device) for x in (captions, codes)]
+    arrays = picture_tokens(case, rows)
+    return [torch.from_numpy(x.astype(np.int64)).to(device) for x in arrays]
 
 
 @torch.no_grad()

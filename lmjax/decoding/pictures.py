@@ -68,7 +68,7 @@ def _draw(model, params, captions, lengths, top, key, samples, sampling):
     drawn, _ = continue_text(
         dalle.extender(model, params),
         state,
-        jnp.pad(given, ((0, 0), (1, 0)), constant_values=c.start_of_image),
+        jnp.concatenate([jnp.repeat(text[:, -1:], samples, axis=0), given], axis=1),
         max_length=c.image_length - top.shape[1],
         sampling=sampling,
         key=key,

@@ -13,9 +13,9 @@ blocks in which the keys lie, not the stream's square. Image positions have row 
 embeddings. Text is predicted among text rows, image among image rows of an output matrix that is
 not tied.
 What the paper does not say: norms, activation and initial weights are GPT-2's. What starts the
-stream is position 0's padding, for which no parameters are needed, and as captions have at most
-`text_length - 1` tokens, it is always the last text position's padding that starts the image.
-Position p reads token p - 1, has the place of token p and predicts token p; masks are of positions.
+stream is position 0's padding, for which no parameters are needed; nothing stands between text and
+image. Position p reads token p - 1, has the place of token p and predicts token p; masks are of
+positions.
 Departures: none of the image is seen out of raster order, as it would be if the row's window were
 taken literally down columns. Gradients are scaled by residual branches (section 2.4) where `scales`
 are given, for float16; in bfloat16 they need not be. Biases within branches have float16 gradients
@@ -70,7 +70,7 @@ class DALLEConfig:
     text_vocab: int = 16_384
     """The tokenizer's ids."""
     text_length: int = 256
-    """Text positions of the stream: captions have at most one token less."""
+    """Text positions of the stream, the most tokens of a caption."""
     image_vocab: int = 8_192
     """Codes of the picture's tokens."""
     grid: int = 32
@@ -92,11 +92,6 @@ class DALLEConfig:
         sizes = ("text_vocab", "text_length", "image_vocab", "grid", "layers", "width", "heads")
         check_config(self, *sizes, "feed_forward", "conv_extent")
         check_heads(self)
-        if self.text_length < 2:
-            raise ValueError(
-                f"DALLEConfig.text_length is {self.text_length}: a caption has at most one token"
-                " less, so choose 2 or more"
-            )
         if self.conv_extent % 2 == 0 or self.conv_extent > self.grid:
             raise ValueError(
                 f"DALLEConfig.conv_extent is {self.conv_extent}, not an odd number up to the grid's"
@@ -126,11 +121,6 @@ class DALLEConfig:
     def start(self) -> int:
         """What the first position reads: its own padding."""
         return self.image_vocab + self.text_vocab
-
-    @property
-    def start_of_image(self) -> int:
-        """What the first image position reads: the last text position's padding."""
-        return self.vocab - 1
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -512,13 +502,13 @@ def caption_tokens(
     Raises:
         ValueError: there is no room for captions of T tokens.
     """
-    c, room = config, config.text_length - 1 - captions.shape[1]
+    c, room = config, config.text_length - captions.shape[1]
     if room < 0:
         raise ValueError(
-            f"captions of {captions.shape[1]} tokens do not fit the {c.text_length - 1} that this"
-            " DALL-E has room for: shorten them, or train a model with a larger text_length"
+            f"captions of {captions.shape[1]} tokens do not fit the {c.text_length} for which this"
+            " DALL-E has room: shorten them, or train a model with a larger text_length"
         )
-    captions = jnp.pad(jnp.asarray(captions, jnp.int32), ((0, 0), (0, room + 1)))
+    captions = jnp.pad(jnp.asarray(captions, jnp.int32), ((0, 0), (0, room)))
     places = jnp.arange(c.text_length)
     ids = jnp.where(places < lengths[:, None], captions, c.text_vocab + places)
     return c.image_vocab + ids
@@ -611,7 +601,7 @@ def extend(
 ) -> tuple[Float[Array, "rows T V"], DecodingState]:
     """Reads T >= 1 more image positions of each row; logits of the codes that they predict.
 
-    The first position reads `config.start_of_image`, each other one the code before it.
+    The first position reads the last token of the text, each other one the code before it.
     """
     return extender(model, params)(tokens, state)
 

@@ -22,8 +22,8 @@ MODEL = DALLE(
         conv_extent=3,
     )
 )
-CAPTIONS = np.random.default_rng(0).integers(0, 11, (2, 5))
-LENGTHS = np.array([5, 2])
+CAPTIONS = np.random.default_rng(0).integers(0, 11, (2, 6))
+LENGTHS = np.array([6, 2])
 KEY = jax.random.key(3)
 WILD = Sampling(temperature=2, top_k=9, top_p=0.95)
 
@@ -83,7 +83,7 @@ def test_other_captions_make_no_difference():
     np.testing.assert_array_equal(drawn(CAPTIONS[:1], LENGTHS[:1]).codes[0], found[0])
     assert (found[0, 0] != found[0, 1]).any()
     assert (drawn(key=jax.random.key(4)).codes != found).any()
-    padded = np.where(np.arange(5) < LENGTHS[:, None], CAPTIONS, 9)
+    padded = np.where(np.arange(6) < LENGTHS[:, None], CAPTIONS, 9)
     np.testing.assert_array_equal(drawn(padded).codes, found)
 
 

@@ -122,13 +122,16 @@ def test_compressed_gradients_are_planned(tmp_path):
 
 @pytest.mark.full
 def test_the_dalle_of_the_paper_on_a_pod(tmp_path):
+    """As it is, and with the paper's compression, over parts of parameters that are divided."""
     pytest.importorskip("libtpu")
-    found, _ = report(
-        tmp_path / "12b.json",
-        *"--experiment dalle_train --preset paper --topology v4:8x8x16".split(),
-    )
+    paper = "--experiment dalle_train --preset paper --topology v4:8x8x16".split()
+    found, _ = report(tmp_path / "12b.json", *paper)
     assert found["parameters"] == 12_293_824_256
     assert found["devices"] == 1_024 and found["fits"]
+    compressed = "--strategy fsdp --mesh.fsdp 16 --compress 896".split()
+    found, printed = report(tmp_path / "compressed.json", *paper, *compressed)
+    assert found["fits"] and "86% fewer" in printed
+    assert sum(axes.get("data", 0) for axes in found["collective_bytes"].values()) < 1e9
 
 
 def test_what_does_not_fit_says_so(tmp_path):

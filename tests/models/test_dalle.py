@@ -58,8 +58,8 @@ def params_of(config):
 
 def streams(config, rows=2):
     rng = np.random.default_rng(1)
-    captions = rng.integers(0, config.text_vocab, (rows, config.text_length - 1))
-    lengths = rng.integers(1, config.text_length, rows)
+    captions = rng.integers(0, config.text_vocab, (rows, config.text_length))
+    lengths = rng.integers(1, config.text_length + 1, rows)
     text = caption_tokens(config, captions, lengths)
     image = rng.integers(0, config.image_vocab, (rows, config.image_length))
     return jnp.concatenate([text, image], axis=1)
@@ -328,7 +328,9 @@ def test_nothing_depends_on_itself_or_on_what_follows():
 def test_captions_are_padded_by_position():
     tokens = caption_tokens(TINY, np.array([[3, 10, 4], [0, 9, 9]]), np.array([3, 1]))
     assert tokens.tolist() == [[10, 17, 11, 21, 22], [7, 19, 20, 21, 22]]
-    assert (TINY.start, TINY.start_of_image, TINY.vocab) == (18, 22, 23)
+    assert (TINY.start, TINY.vocab) == (18, 23)
+    full = caption_tokens(TINY, np.array([[3, 10, 4, 1, 2]]), np.array([5]))
+    assert full.tolist() == [[10, 17, 11, 8, 9]]
 
 
 def test_an_image_of_another_size_is_refused():
@@ -338,15 +340,15 @@ def test_an_image_of_another_size_is_refused():
 
 
 def test_captions_that_are_too_long_are_refused():
-    with pytest.raises(ValueError, match="captions of 5 tokens do not fit the 4"):
-        caption_tokens(TINY, np.zeros((1, 5)), np.array([2]))
+    with pytest.raises(ValueError, match="captions of 6 tokens do not fit the 5"):
+        caption_tokens(TINY, np.zeros((1, 6)), np.array([2]))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"heads": 3}, "does not divide into 3 heads"),
-        ({"text_length": 1}, "text_length is 1"),
+        ({"text_length": 0}, "text_length is 0, not a positive size"),
         ({"conv_extent": 2}, "conv_extent is 2, not an odd number"),
         ({"conv_extent": 5}, "conv_extent is 5"),
         ({"grid": 0}, "grid is 0"),
@@ -369,7 +371,7 @@ def drawings(config):
     text, image = jnp.split(tokens, [config.text_length], axis=1)
     tokens = jnp.concatenate([jnp.repeat(text[:TEXTS], SAMPLES, axis=0), image], axis=1)
     logits = compiled(config)(params_of(config), tokens)
-    inputs = jnp.pad(image[:, :-1], ((0, 0), (1, 0)), constant_values=config.start_of_image)
+    inputs = tokens[:, config.text_length - 1 : -1]
     return text[:TEXTS], inputs, logits[:, config.text_length :, : config.image_vocab]
 
 

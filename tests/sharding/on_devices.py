@@ -187,8 +187,8 @@ def permuted(config) -> dict[str, np.ndarray]:
 def codes(config) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     arrays = {
-        "captions": rng.integers(0, config.text_vocab, (ROWS, config.text_length - 1)),
-        "captions_lengths": rng.integers(1, config.text_length, ROWS),
+        "captions": rng.integers(0, config.text_vocab, (ROWS, config.text_length)),
+        "captions_lengths": rng.integers(1, config.text_length + 1, ROWS),
         "image_tokens": rng.integers(0, config.image_vocab, (ROWS, config.image_length)),
     }
     arrays = {name: array.astype(np.int32) for name, array in arrays.items()}

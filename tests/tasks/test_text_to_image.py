@@ -38,8 +38,8 @@ def params_of(task):
 def batch():
     rng = np.random.default_rng(0)
     return {
-        "captions": rng.integers(0, 11, (4, 5)),
-        "captions_lengths": np.array([5, 2, 3, 1]),
+        "captions": rng.integers(0, 11, (4, 6)),
+        "captions_lengths": np.array([6, 2, 3, 1]),
         "image_tokens": rng.integers(0, 9, (4, 9)),
         "loss_weights": np.array([1.0, 1, 0, 1], np.float32),
     }
