@@ -345,6 +345,11 @@ def captioned(
     return found
 
 
+def trained_on(workdir: str | Path) -> dict[str, str]:
+    """What a run has recorded of its data: content hashes, and the captions' language."""
+    return read_json(Path(workdir) / CONFIG)["identity"]["data"]
+
+
 class Easel:
     """Draws pictures of captions with a transformer and the dVAE that it is trained with."""
 
@@ -385,7 +390,7 @@ class Easel:
 
     def check(self, workdir: str | Path) -> None:
         """Raises ValueError if the DALL-E in `workdir` was trained on the codes of another dVAE."""
-        trained_with = read_json(Path(workdir) / CONFIG)["identity"]["data"]["dvae"]
+        trained_with = trained_on(workdir)["dvae"]
         found = fingerprint(self._dvae_params)
         if found != trained_with:
             raise ValueError(

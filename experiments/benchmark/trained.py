@@ -1,14 +1,12 @@
 """How well a trained dVAE, and a DALL-E on its codes, do what they were trained for, on emoji."""
 
 import dataclasses
-from pathlib import Path
 
 import lmjax
 from experiments import dalle_train, dvae_train
-from experiments.dalle_train import Easel, told_apart
+from experiments.dalle_train import Easel, told_apart, trained_on
 from experiments.dvae_train import rebuilt
 from lmjax.data.pictures import open_pictures
-from lmjax.interop.safetensors import CONFIG, read_json
 
 
 def measure(dvae: str, dalle: str | None) -> dict[str, str]:
@@ -42,8 +40,3 @@ def measure(dvae: str, dalle: str | None) -> dict[str, str]:
                 f"{right:.0%} (chance: {1 / count:.1%})"
             )
     return figures
-
-
-def trained_on(workdir: str) -> dict:
-    """What a run has recorded of its data."""
-    return read_json(Path(workdir) / CONFIG)["identity"]["data"]
