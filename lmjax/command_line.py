@@ -54,6 +54,7 @@ def parse(
             value = _named(f"--{flag}", name, values)(settings)
             settings = _replaced(settings, flag.split("."), value)
 
+    _refuse_misspelt(rest, ["--preset", *(f"--{flag}" for flag in choices)], settings)
     described = [document.strip(), "", f"--preset {{{','.join(presets)}}} (default: {default})"]
     described += [f"--{flag} {{{','.join(values)}}}" for flag, values in choices.items()]
     return tyro.cli(
@@ -90,6 +91,19 @@ def _named(flag: str, name: str, values: Mapping[str, T]) -> T:
     hint = f"did you mean {near[0]}? " if near else ""
     print(f"error: {flag} {name} is not known: {hint}Known: {', '.join(values)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _refuse_misspelt(arguments: Sequence[str], flags: Sequence[str], settings: Any) -> None:
+    """Exits if a flag is none of the settings' fields but nearly one of `flags`, which tyro, that
+    hints at the others, does not know."""
+    fields = {field.name for field in dataclasses.fields(settings)}
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        field = flag.removeprefix("--").partition(".")[0].replace("-", "_")
+        near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.8)
+        if flag.startswith("--") and field not in fields and near:
+            print(f"error: {flag} is not known: did you mean {near[0]}?", file=sys.stderr)
+            sys.exit(2)
 
 
 def _replaced(settings: T, path: list[str], value: Any) -> T:
