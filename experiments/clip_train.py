@@ -5,18 +5,20 @@ section 2; Ramesh et al. 2021, section 2.6, for ranking DALL-E's pictures with i
 
     python -m experiments.clip_train
     python -m experiments.clip_train --data.language ko --workdir runs/clip-korean
-    python -m experiments.clip_train --preset coco --data.folder ~/coco --workdir runs/clip-coco
+    python -m experiments.clip_train --preset coco --data.folder ~/coco
+        --data.captions ~/coco/MSCOCO_train_val_Korean.json --workdir runs/clip-coco
     python -m experiments.clip_train --init openai/clip-vit-base-patch32 --data.dropout 0
-        --data.folder photos --workdir runs/clip-photos
+        --optimizer.schedule.peak 1e-5 --data.folder photos --workdir runs/clip-photos
 
 The first trains `emoji` on 3,792 emoji and their names in English and Korean: about five minutes on
 two CPU cores. Then it finds the pictures of held-out names: matches.png in the workdir has names
 beside the pictures that it thinks belong to them, the likeliest first.
 
 `vit-b-32` is the published model: 32 epochs of 400 million pairs in batches of 32,768, Adam with
-decay 0.2, a rate of 5e-4 along a cosine. The published numbers come from that many pairs. `coco` is
-the same model for MS-COCO 2014, with captions in English, Korean or both: 30 epochs, by a recipe
-that is ours; better is what starts from the published parameters, as above.
+decay 0.2, a rate of 5e-4 along a cosine. The published numbers come from that many pairs. (With a
+tokenizer trained here, add --model.end 2.) `coco` is the same model for MS-COCO 2014, with captions
+in English, Korean or both: 30 epochs, by a recipe that is ours; better is what starts from the
+published parameters, as above.
 """
 
 import dataclasses
@@ -64,7 +66,8 @@ class CLIPTrain(PictureRun):
         return {"pictures": self.model.size, "captions": self.model.positions}
 
     def read(self, start, share) -> PictureBatches:
-        """Raises ValueError where the tokenizer ends texts with another token than the model's."""
+        """Raises ValueError where the tokenizer ends texts with another token than the model's, or
+        there are fewer pictures than stand in a batch."""
         data = self.read_pictures(
             start,
             share,
@@ -72,13 +75,19 @@ class CLIPTrain(PictureRun):
             self.model.size,
             caption_length=self.model.positions,
             ends=True,
-            rows=self.model.vocab,
+            rows=("--model.vocab", self.model.vocab),
         )
         end = self.model.vocab - 1 if self.model.end is None else self.model.end
         if data.tokenizer.eos_id != end:
             raise ValueError(
                 f"the tokenizer ends texts with {data.tokenizer.eos_id} and the model looks for"
                 f" {end}: set --model.end {data.tokenizer.eos_id}"
+            )
+        if (pictures := len(data.batches.rows)) < self.batch:
+            raise ValueError(
+                f"--batch is {self.batch} and there are {pictures} pictures to train on: choose"
+                f" {pictures} or fewer, for a pair that stands twice in a batch is told apart from"
+                " itself"
             )
         return data
 
@@ -94,7 +103,7 @@ EMOJI = CLIPTrain(
 )
 PUBLISHED = CLIPTrain(
     model=clip.PRESETS["vit-b-32"],
-    data=CaptionedPictureData(language="en", vocab_size=49_408),
+    data=CaptionedPictureData(language="en", vocab_size=49_408, dropout=0.0),
     optimizer=AdamW(
         Cosine(5e-4, horizon=390_625, warmup=2_000, final_fraction=0.0),
         gradient_clip=None,

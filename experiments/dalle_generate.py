@@ -9,28 +9,34 @@ Each caption becomes a row of drawings.png (--output), which the DALL-E's Tensor
 --rerank clip draws --samples pictures and shows the --shown best of them, as the CLIP in --clip
 (`experiments.clip_train`) ranks them; without it the first ones are shown. --complete gives the
 uppermost --rows rows of codes, to be completed. The DALL-E is that of `experiments.dalle_train`,
-with the dVAE that it was trained with.
+with the dVAE that it was trained with. Pictures keep their size, or a multiple of it.
 """
 
 import dataclasses
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
+from PIL.Image import registered_extensions
 from rich.console import Console
 
 import lmjax
 from experiments import dalle_train
-from experiments.dalle_train import SAMPLING, Easel
+from experiments.dalle_train import SAMPLING, DALLETrain, Easel, recorded
 from lmjax import command_line
+from lmjax.data.cache import atomic_write
 from lmjax.data.captions import CaptionEncoder
 from lmjax.data.pictures import SUFFIXES
 from lmjax.data.pixels import UnreadablePicture, read_picture
 from lmjax.decoding.sampling import Sampling
-from lmjax.evaluation.pictures import log_sheet, sheet
+from lmjax.evaluation.pictures import in_parts, log_sheet, sheet
 from lmjax.loading import describe
+from lmjax.models.clip import CLIP
 from lmjax.tasks.task import as_floats
 from lmjax.training.checkpoints import latest_step
 
@@ -41,8 +47,8 @@ class DALLEGenerate:
     """One or more captions, English or Korean; quote each."""
     checkpoint: str = "runs/dalle-emoji"
     """The workdir of `experiments.dalle_train`."""
-    dvae: str = "runs/dvae-emoji"
-    """The workdir of the dVAE that it was trained with."""
+    dvae: str | None = None
+    """The workdir of the dVAE that it was trained with, if that is not where it was then."""
     samples: int = 8
     """Pictures to draw of each caption."""
     shown: int = 8
@@ -86,37 +92,44 @@ def main() -> None:
     settings = tyro.cli(DALLEGenerate, description=__doc__)
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
     check_picture(settings.complete)
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
     model, params, tokenizer = trained("checkpoint", settings.checkpoint, "dalle")
-    ranker = trained("clip", settings.clip, "clip") if settings.rerank == "clip" else None
-    data = dataclasses.replace(dalle_train.EMOJI.data, truncate=settings.truncate)
-    run = dataclasses.replace(dalle_train.EMOJI, data=data, dvae=settings.dvae, seed=settings.seed)
-    easel = Easel(run, model, tokenizer)
+    rank = None
+    if settings.rerank == "clip":
+        rank = ranker(*trained("clip", settings.clip, "clip"), settings.captions, settings.truncate)
+    easel = Easel(drawn_with(settings), model, tokenizer)
     easel.check(settings.checkpoint)
     top = None
     if settings.complete is not None:
         top = given_rows(settings, easel, model.config.grid)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     with console.status(f"drawing {settings.samples * len(settings.captions):,} pictures"):
         drawn = easel.draw(params, settings.captions, settings.samples, sampling, top)
     rows = []
-    for caption, pictures in zip(settings.captions, drawn, strict=True):
-        order = np.arange(len(pictures))
-        if ranker is not None:
-            scores = similarities(*ranker, caption, pictures)
-            order = scores.argsort()[::-1]
+    for number, (caption, pictures) in enumerate(zip(settings.captions, drawn, strict=True)):
+        if rank is not None:
+            scores = rank(number, pictures)
+            pictures = pictures[scores.argsort()[::-1]]
             console.print(
                 f"{caption}: the best of {len(pictures)} scores {scores.max():.2f}, the mean"
                 f" {scores.mean():.2f}"
             )
-        rows.append((caption, list(pictures[order[: settings.shown]])))
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    image = sheet(rows)
-    image.save(settings.output)
+        rows.append((caption, list(pictures[: settings.shown])))
+    image, content = sheet(rows), io.BytesIO()
+    image.save(content, registered_extensions()[settings.output.suffix.lower()])
+    atomic_write(settings.output, content.getvalue())
     console.print(f"look at {settings.output}")
     try:
         log_sheet(image, Path(settings.checkpoint), "drawings", latest_step(settings.checkpoint))
     except OSError as error:
         console.print(f"not in TensorBoard: {error}")  # a workdir to read only
+
+
+def drawn_with(settings: DALLEGenerate) -> DALLETrain:
+    """The settings of a run with which an easel draws what these ask for."""
+    dvae = settings.dvae or recorded(settings.checkpoint)["dvae"]
+    data = dataclasses.replace(dalle_train.EMOJI.data, truncate=settings.truncate)
+    return dataclasses.replace(dalle_train.EMOJI, data=data, dvae=dvae, seed=settings.seed)
 
 
 def check_picture(path: Path | None) -> None:
@@ -132,9 +145,10 @@ def check_picture(path: Path | None) -> None:
 
 def trained(flag: str, place: str, kind: str):
     """(model, parameters, tokenizer); ValueError where there is none of this kind."""
-    # Another name may be that of a repository.
-    surely_a_path = place == getattr(DALLEGenerate, flag) or Path(place).is_absolute()
-    if surely_a_path and not Path(place).exists():
+    # Another name may be that of a repository, though there are none of a DALL-E.
+    default = getattr(DALLEGenerate, flag)
+    surely_a_path = kind == "dalle" or place == default or Path(place).is_absolute()
+    if surely_a_path and not Path(place).expanduser().exists():
         raise ValueError(
             f"--{flag} {place} is not there: run `python -m experiments.{kind}_train` first, or"
             " give the workdir of such a run"
@@ -159,14 +173,33 @@ def given_rows(settings: DALLEGenerate, easel: Easel, grid: int) -> np.ndarray:
     return np.tile(codes, (len(settings.captions), 1))
 
 
-def similarities(model, params, tokenizer, caption: str, pictures: np.ndarray) -> np.ndarray:
-    """Of each picture to the caption, as logits: what a softmax over captions would take."""
-    encode = CaptionEncoder(tokenizer, model.config.positions, truncate=True, ends=True).encode
+def ranker(
+    model: CLIP, params, tokenizer, captions: Sequence[str], truncate: bool
+) -> Callable[[int, np.ndarray], np.ndarray]:
+    """(number of a caption, its pictures [N, R, R, 3] in bytes) -> how well each of them fits it.
+
+    That is a logit: what a softmax over captions would take. Pictures are resized as CLIP's are.
+
+    Raises:
+        ValueError: a caption is too long for the CLIP, and shall not be cut.
+    """
+    read = CaptionEncoder(tokenizer, model.config.positions, truncate=truncate, ends=True).encode
+    try:
+        texts = [read(caption) for caption in captions]
+    except ValueError as error:
+        raise ValueError(f"the CLIP that ranks cannot read all of a caption: {error}") from error
     size = model.config.size
-    fitted = jax.image.resize(
-        as_floats(pictures), (len(pictures), size, size, 3), "linear", antialias=True
-    )
-    return np.asarray(model.apply({"params": params}, fitted, encode(caption)[None])[:, 0])
+
+    @jax.jit
+    def similarities(text, pictures):
+        shape = (len(pictures), size, size, 3)
+        fitted = jax.image.resize(as_floats(pictures), shape, "cubic", antialias=True)
+        return model.apply({"params": params}, jnp.clip(fitted, 0, 1), text[None])[:, 0]
+
+    def rank(number, pictures):
+        return in_parts(lambda some: similarities(texts[number], some), pictures)
+
+    return rank
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m experiments.dalle_tokenize
     python -m experiments.dalle_tokenize --preset coco --dvae /data/dvae-coco --data.folder ~/coco
+        --data.captions ~/coco/MSCOCO_train_val_Korean.json
 
 Takes the options of `experiments.dalle_train`, of which --preset, --dvae, --crops and --data
 matter. Codes are kept under ~/.cache/lmjax ($LMJAX_CACHE) by the content of the pictures and of the

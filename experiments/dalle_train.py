@@ -19,10 +19,11 @@ TensorBoard has drawings from every evaluation on the way, unless several proces
 
 `paper` is the 12-billion-parameter model with the paper's recipe: 430,000 steps of 1,024 pictures
 of 32 x 32 codes, AdamW with betas 0.9 and 0.96 and decay 0.045, clipping at 4, a rate of 4.5e-4
-after 5,000 steps (which the paper halved five times when the loss stood still: lower it by hand,
-with --init), a moving average of the weights with decay 0.99 every 25 steps; the paper's PowerSGD
-is --strategy fsdp --mesh.fsdp 8 --compress 896. `coco` and `korean-coco` are models of a 120th of
-its size for MS-COCO 2014; the recipe is ours.
+after 5,000 steps (which the paper halved five times when the loss stood still; here a run keeps its
+rate, and --init begins another with the averaged weights, and Adam anew), a moving average of the
+weights with decay 0.99 every 25 steps; the paper's PowerSGD is --strategy fsdp --mesh.fsdp 8
+--compress 896. `coco` and `korean-coco` are models of a 120th of its size for MS-COCO 2014; the
+recipe is ours.
 
 Codes are made once and kept: of the middle of each picture, or of --crops random parts (Listing 2),
 of which each step takes one. The paper makes them anew each time, 1.8 times of each picture.
@@ -33,6 +34,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,7 +49,7 @@ from lmjax.data.pictures import Pictures, open_pictures
 from lmjax.data.pixels import UnreadablePicture, middle_crop, read_picture
 from lmjax.decoding.pictures import draw
 from lmjax.decoding.sampling import Sampling
-from lmjax.evaluation.pictures import as_bytes, nearest, save_sheet, sheet
+from lmjax.evaluation.pictures import AT_ONCE, as_bytes, nearest, save_sheet, sheet
 from lmjax.interop.safetensors import CONFIG, read_json
 from lmjax.loading import describe, fingerprint
 from lmjax.models import dalle
@@ -89,7 +91,7 @@ class DALLETrain(PictureRun):
     gradient_scaling: int | None = None
     """N, for --execution.dtype float16: scale the gradients of each residual branch, from N x 8,192
     on and within N x 128 and N x 16,777,216. N is the number of GPUs in the paper. Needs
-    --fit.nonfinite skip and --fit.max-skips 500: a scale is found by overflowing."""
+    --fit.nonfinite skip and --fit.max-skips 1500: a scale is found by overflowing."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -109,7 +111,8 @@ class DALLETrain(PictureRun):
                 f"--gradient-scaling is for float16, and --execution.dtype is"
                 f" {self.execution.dtype}: add --execution.dtype float16, or leave it out"
             )
-        skips = 4 * GradientScaling.patience  # until a scale that is too high has shrunk to a half
+        # Until a scale has shrunk from the first one to the least.
+        skips = 12 * GradientScaling.patience
         if self.fit.nonfinite != "skip" or self.fit.max_skips < skips:
             raise ValueError(
                 "--gradient-scaling finds its scales by overflowing: add --fit.nonfinite skip"
@@ -142,7 +145,7 @@ class DALLETrain(PictureRun):
             middle_crop,
             size,
             caption_length=self.model.text_length,
-            rows=self.model.text_vocab,
+            rows=("--model.text-vocab", self.model.text_vocab),
             encode=encode,
         )
         return data._replace(identity={**data.identity, "dvae": sha256})
@@ -174,11 +177,10 @@ def encoder(settings: DALLETrain):
 def trained_dvae(workdir: str, model: DALLEConfig):
     """(model, parameters) of the dVAE that a DALL-E draws with; raises as `encoder` does."""
     expected = model.image_vocab, model.grid
-    if not (Path(workdir) / "config.json").exists():
+    if not (Path(workdir).expanduser() / CONFIG).exists():
         raise ValueError(
-            f"--dvae {workdir} holds no trained dVAE: run `python -m experiments.dvae_train` first,"
-            f" with such --model options that it has {expected[0]} codes on a grid of"
-            f" {expected[1]}, or give the workdir of one"
+            f"--dvae {workdir} holds no trained dVAE: give the workdir of one with {expected[0]}"
+            f" codes on a grid of {expected[1]}, as `python -m experiments.dvae_train` makes it"
         )
     described = describe(workdir)
     if described.model_type != "dvae":
@@ -190,8 +192,8 @@ def trained_dvae(workdir: str, model: DALLEConfig):
     if found != expected:
         raise ValueError(
             f"the dVAE in {workdir} has {found[0]} codes on a grid of {found[1]}, and the model"
-            f" {expected[0]} on {expected[1]}: choose --model.image-vocab and --model.grid as the"
-            " dVAE has them, or another --dvae"
+            f" {expected[0]} on {expected[1]}: give the --dvae that belongs to it or, of a new"
+            " model, choose --model.image-vocab and --model.grid as this dVAE has them"
         )
     return lmjax.load(workdir)[:2]
 
@@ -200,12 +202,12 @@ EMOJI = DALLETrain(
     model=dalle.PRESETS["emoji"],
     data=CaptionedPictureData(vocab_size=2_048, augment=False),
     corruption=0.2,
-    optimizer=AdamW(Cosine(2e-3, horizon=1_700, warmup=100), beta2=0.98, weight_decay=0.01),
-    batch=64,
-    steps=1_700,
+    optimizer=AdamW(Cosine(2e-3, horizon=2_000, warmup=100), beta2=0.98, weight_decay=0.01),
+    batch=32,
+    steps=2_000,
     workdir=Path("runs/dalle-emoji"),
     execution=ExecutionOptions(remat="none", attention="whole"),  # the fastest for so small a one
-    fit=FitOptions(log_every=1, eval_every=250, checkpoint_every=250),
+    fit=FitOptions(log_every=1, eval_every=500, checkpoint_every=250),
 )
 PAPER = DALLETrain(
     model=dalle.PRESETS["12b"],
@@ -347,7 +349,12 @@ def captioned(
 
 def trained_on(workdir: str | Path) -> dict[str, str]:
     """What a run has recorded of its data: content hashes, and the captions' language."""
-    return read_json(Path(workdir) / CONFIG)["identity"]["data"]
+    return recorded(workdir)["data"]
+
+
+def recorded(workdir: str | Path) -> dict[str, Any]:
+    """What a run is: its settings and its data."""
+    return read_json(Path(workdir).expanduser() / CONFIG)["identity"]
 
 
 class Easel:
@@ -359,7 +366,11 @@ class Easel:
         self._model, self._seed = model, settings.seed
         length = model.config.text_length
         self._encode = CaptionEncoder(tokenizer, length, truncate=settings.data.truncate).encode
-        self._decode = jax.jit(self._picture)
+        self._decode = jax.jit(
+            lambda codes: self._dvae.apply(
+                {"params": self._dvae_params}, codes, method="decode"
+            ).picture()
+        )
 
     def draw(
         self,
@@ -371,22 +382,30 @@ class Easel:
     ) -> np.ndarray:
         """uint8 [captions, samples, R, R, 3]. `top` has the first codes of every caption's."""
         ids = [self._encode(caption) for caption in captions]
+        lengths = np.array([len(one) for one in ids])
         padded = np.zeros((len(ids), self._model.config.text_length), np.int32)
         for row, one in zip(padded, ids, strict=True):
             row[: len(one)] = one
-        drawn = draw(
-            self._model,
-            params,
-            padded,
-            lengths=np.array([len(one) for one in ids]),
-            samples=samples,
-            top=top,
-            sampling=sampling,
-            key=jax.random.key(self._seed),
-        )
-        grid = self._model.config.grid
-        pictures = as_bytes(self._decode(drawn.codes.reshape(-1, grid, grid)))
-        return pictures.reshape(len(ids), samples, *pictures.shape[1:])
+        key, drawn = jax.random.key(self._seed), []
+        together = min(samples, AT_ONCE)  # of one caption, which is read once for these
+        for start in range(0, len(ids), AT_ONCE // together):
+            some = slice(start, start + AT_ONCE // together)
+            parts = []
+            for first in range(0, samples, together):
+                key, now = jax.random.split(key)
+                found = draw(
+                    self._model,
+                    params,
+                    padded[some],
+                    lengths=lengths[some],
+                    samples=min(together, samples - first),
+                    top=None if top is None else top[some],
+                    sampling=sampling,
+                    key=now,
+                )
+                parts.append(self._pictures(found.codes))
+            drawn.append(np.concatenate(parts, axis=1))
+        return np.concatenate(drawn)
 
     def check(self, workdir: str | Path) -> None:
         """Raises ValueError if the DALL-E in `workdir` was trained on the codes of another dVAE."""
@@ -410,8 +429,11 @@ class Easel:
         size = self._dvae.config.size
         return middle_crop(read_picture(file, size), size)
 
-    def _picture(self, codes):
-        return self._dvae.apply({"params": self._dvae_params}, codes, method="decode").picture()
+    def _pictures(self, codes):
+        """uint8 [captions, samples, R, R, 3], of codes [captions, samples, grid x grid]."""
+        grid = self._model.config.grid
+        pictures = as_bytes(self._decode(codes.reshape(-1, grid, grid)))
+        return pictures.reshape(*codes.shape[:2], *pictures.shape[1:])
 
 
 if __name__ == "__main__":

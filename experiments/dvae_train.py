@@ -39,7 +39,7 @@ from lmjax import command_line
 from lmjax.data.picture_batches import PictureBatches
 from lmjax.data.pictures import PictureData
 from lmjax.data.pixels import dvae_crop
-from lmjax.evaluation.pictures import as_bytes, save_sheet, sheet
+from lmjax.evaluation.pictures import as_bytes, in_parts, save_sheet, sheet
 from lmjax.models import dvae
 from lmjax.models.dvae import DVAE, DVAEConfig, codes_of, usage
 from lmjax.pretraining import PictureRun, optimizer_choices, pretrain
@@ -102,13 +102,13 @@ class DVAETrain(PictureRun):
 EMOJI = DVAETrain(
     model=dvae.PRESETS["emoji"],
     beta=HalfCosine(0, 0, 1),
-    temperature=HalfCosine(1, 1 / 8, 5_000),
-    balance=HalfCosine(25, 4, 4_000),
+    temperature=HalfCosine(1, 1 / 8, 4_000),
+    balance=HalfCosine(25, 8, 3_300),
     data=PictureData(augment=False),
-    optimizer=AdamW(Cosine(1.5e-3, horizon=6_000, warmup=50), weight_decay=1e-4),
+    optimizer=AdamW(Cosine(2e-3, horizon=5_000, warmup=50), weight_decay=1e-4),
     average=0.99,
     batch=16,
-    steps=6_000,
+    steps=5_000,
     workdir=Path("runs/dvae-emoji"),
     fit=FitOptions(log_every=10, eval_every=500, checkpoint_every=500),
 )
@@ -153,7 +153,7 @@ def watch_reconstructions(settings: DVAETrain, model: DVAE, data: PictureBatches
     """What makes a sheet of held-out pictures and what their codes give back."""
     del settings
     rebuild, batch = through_codes(model), data.evaluation[0]
-    pictures = batch["pictures"][batch["loss_weights"] > 0]
+    pictures = batch["pictures"][batch["loss_weights"] > 0][:SHOWN]
 
     def watch(params):
         _, again = rebuild(params, pictures)
@@ -200,9 +200,9 @@ def rebuilt(model: DVAE, params, data: PictureBatches) -> Rebuilt:
     """All pictures that evaluation looks at."""
     rebuild, parts = through_codes(model), []
     for batch in data.evaluation:
-        real = batch["loss_weights"] > 0
-        codes, again = rebuild(params, batch["pictures"])
-        parts.append((batch["pictures"][real], again[real], codes[real]))
+        pictures = batch["pictures"][batch["loss_weights"] > 0]
+        codes, again = in_parts(lambda some: rebuild(params, some), pictures)
+        parts.append((pictures, again, codes))
     return Rebuilt(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 

@@ -7,6 +7,7 @@ Paper: Ramesh et al. 2021, section 2.2: at most 256 tokens of a vocabulary of 16
 import dataclasses
 import functools
 import itertools
+import unicodedata
 from collections.abc import Iterator
 from typing import Literal
 
@@ -33,8 +34,8 @@ class CaptionedPictureData(PictureData):
     """Of the captions: en, ko or both. Of a picture's, one is drawn each time: first its language,
     then one in it."""
     tokenizer: str | None = None
-    """A tokenizer.json of byte-level BPE, or a directory with vocab.json and merges.txt. Without
-    one, a lower-cased vocabulary is trained on the captions, once."""
+    """A tokenizer.json of byte-level BPE, or a directory with vocab.json and merges.txt; it reads
+    captions in lower case. Without one, a vocabulary is trained on the captions, once."""
     vocab_size: int = 16_384
     """Pieces of a vocabulary to train, fewer if the captions support no more."""
     dropout: float = 0.1
@@ -60,7 +61,7 @@ class CaptionEncoder:
       ends: put the tokenizer's BOS before and its EOS behind, as CLIP reads texts.
 
     Raises:
-      ValueError: the tokenizer has no merges to leave out.
+      ValueError: the tokenizer has no merges to leave out, or no ends.
     """
 
     tokenizer: Tokenizer
@@ -73,6 +74,11 @@ class CaptionEncoder:
     def __post_init__(self):
         if self.dropout:
             self._merges  # noqa: B018 (reads them)
+        if self.ends and None in (self.tokenizer.bos_id, self.tokenizer.eos_id):
+            raise ValueError(
+                "the captions' tokenizer has no tokens that begin and end a text, which CLIP reads:"
+                " choose another --data.tokenizer"
+            )
 
     def __call__(self, captions: Captions, rng: np.random.Generator) -> np.ndarray:
         """int32 tokens, at most `length`, the ends included.
@@ -98,7 +104,7 @@ class CaptionEncoder:
         Raises:
           ValueError: they are too many.
         """
-        room = self.length - 2 * self.ends
+        room, text = self.length - 2 * self.ends, normalized(text)
         if self.dropout and rng is not None:
             ids = bpe_dropout(self.tokenizer.words(text), self._merges, self.dropout, rng)
             if len(ids) <= room or self.truncate:
@@ -187,13 +193,21 @@ def with_captions(pictures: Pictures, data: CaptionedPictureData) -> Pictures:
         return pictures
     first = min(set(range(len(pictures))) - set(having))
     what = (
-        f"{len(pictures) - len(having):,} of {len(pictures):,} pictures without"
+        f"{len(pictures) - len(having):,} of {len(pictures):,} {pictures.split} pictures without"
         f" {WANTED[data.language]}, the first of them {pictures.place(first)}"
     )
     if not having:
-        raise ValueError(f"there is nothing to learn from: {what}")
+        raise ValueError(
+            f"there is nothing to learn from: {what}; give each a .txt file of its name, with a"
+            " caption in each line, or name a file of captions (--data.captions)"
+        )
     report(what, data.unusable)
     return pictures.some(having, data.language)
+
+
+def normalized(text: str) -> str:
+    """As captions are read, by any tokenizer: composed, in lower case, with single spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
 
 
 def in_language(captions: Captions, language: Language) -> Captions:

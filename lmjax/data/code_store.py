@@ -89,6 +89,7 @@ def build_code_store(
         unusable: what to do about files that cannot be read, or could not when the codes were made.
 
     Raises:
+        OSError: the storage, rather than a file, does not work.
         ValueError: fewer crops than one; a file cannot be read, and those are refused, or none can
             be; or a code has more than 16 bits.
     """
@@ -138,6 +139,11 @@ def _write(
             try:
                 image = read_picture(pictures.file(index), size)
             except UnreadablePicture as error:
+                if error.passing:
+                    raise OSError(
+                        f"{pictures.place(index)} could not be read ({error}), which is no fault of"
+                        " the file, and codes are kept for later runs: try again when it can be"
+                    ) from error
                 unreadable[index] = str(error)
                 report(f"{pictures.place(index)} ({error})", unusable)
                 continue

@@ -170,7 +170,8 @@ class PictureBatches(NamedTuple):
     tokenizer: Tokenizer | None
     """Of the captions."""
     identity: dict[str, Any]
-    """Content hashes of pictures and tokenizer: what must be the same when a run is resumed."""
+    """Content hashes of pictures and tokenizer, and how these are used: what must be the same when
+    a run is resumed."""
     summary: str
 
 
@@ -186,7 +187,7 @@ def read_pictures(
     caption_length: int | None = None,
     ends: bool = False,
     tokenizer: Tokenizer | None = None,
-    rows: int | None = None,
+    rows: tuple[str, int] | None = None,
     encode: Mapping[str, Callable[[Pictures], CodeStore]] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> PictureBatches:
@@ -203,7 +204,8 @@ def read_pictures(
         caption_length: T, the most tokens of a caption; None for pictures alone.
         ends: captions begin with BOS and end with EOS.
         tokenizer: a checkpoint's, to use instead of training one.
-        rows: of the model's embedding of captions, which must have one for every id.
+        rows: of the model's embedding of captions, which must have one for every id: the option
+            that sets their number, and the number.
         encode: makes codes of the pictures of each split, to train on these: `build_code_store`
             with its other arguments. There is no cropping then.
         share: which part of every batch, of how many, is this host's: `Layout.share`.
@@ -217,7 +219,8 @@ def read_pictures(
     if caption_length is not None:
         splits = {name: with_captions(pictures, data) for name, pictures in splits.items()}
         tokenizer = caption_tokenizer(data, splits["train"], tokenizer)
-        check_rows(tokenizer, rows)
+        if rows is not None:
+            check_rows(tokenizer, rows[1], rows[0])
         captions = CaptionEncoder(
             tokenizer, caption_length, data.language, data.dropout, data.truncate, ends
         )
@@ -239,8 +242,13 @@ def read_pictures(
         "process_count": share[1],
         "collate": stack,
     }
-    ids = {"tokenizer": tokenizer.sha256, "language": data.language} if captions else {}
-    if encode is not None:  # the order of the rows depends on how many there are
+    ids = {}
+    if captions:
+        ids |= {"tokenizer": tokenizer.sha256, "language": data.language}
+        ids |= {"dropout": data.dropout, "truncate": data.truncate}
+    if encode is None:
+        ids["augment"] = data.augment
+    else:  # the order of the rows depends on how many there are
         ids["readable"] = len(train)
     fingerprint = splits["train"].fingerprint
     words = f" {tokenizer.vocab_size:,} token ids;" if captions else ""

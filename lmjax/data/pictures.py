@@ -5,7 +5,7 @@
 
 A picture is a file's path or its content, read when asked for; captions are in memory. Without a
 validation part of its own, a set holds pictures out by the hash of their names: which ones does not
-depend on their order or number.
+depend on their order or number. Names are in UTF-8.
 """
 
 import collections
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ CAPTION_KEYS = ("text", "caption", "captions", "en", "ko", "caption_ko", "captio
 """All that an entry has are its captions."""
 # Of larger sets this many files, evenly chosen, are hashed whole, of the others the sizes.
 HASHED_FILES = 1_000
-_SIDE = re.compile(r"(train|val(?:idation)?)\d*/")
+_SIDE = re.compile(r"(train|val|test)(?:id|idation|ing)?\d*/", re.IGNORECASE)
 _HANGUL = re.compile("[\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]")
 
 
@@ -58,7 +59,8 @@ class PictureData:
     """Download and prepare a data set that isn't there yet, which else is an error."""
     validation_fraction: float = 0.05
     """How much to hold out, by the hash of a picture's name, where there is no validation part: a
-    'val' or 'validation' split, or first folders such as train2014 and val2014."""
+    'val' or 'validation' split, or first folders such as train2014 and val2014 (what is outside of
+    these, or in test2014, is left out)."""
     unusable: Unusable = "skip"
     """What to do about files that cannot be read, or that have no caption where one is needed:
     leave them out and say so, or refuse the set. Whether a file can be read shows when training
@@ -166,22 +168,38 @@ def picture_files(
         by_name = {path.relative_to(folder).as_posix(): found[path] for path in sorted(found)}
     else:
         by_name = _entries(Path(captions).expanduser())
-    missing = [name for name in by_name if not (folder / name).is_file()]
-    if missing:
-        where = f"{len(missing):,} of {len(by_name):,} pictures of {captions} are not in {folder}"
-        report(f"{where}, the first of them {missing[0]}", unusable, FileNotFoundError)
-    names = sorted(by_name.keys() - set(missing))
+    paths = {name: path for name in by_name if (path := _readable(folder, name)) is not None}
+    if missing := [name for name in by_name if name not in paths]:
+        where = f"{len(missing):,} of {len(by_name):,} pictures of {captions or folder}"
+        what = f"{where} are not in {folder}, may not be read, or have names that are not UTF-8"
+        # An escape in place of what no text can hold.
+        first = missing[0].encode("utf-8", "backslashreplace").decode()
+        report(f"{what}, the first of them {first}", unusable, FileNotFoundError)
+    names = sorted(paths)
     if not names:
         raise ValueError(
             f"{captions or folder} holds no pictures: expected files in the folder that end in"
             f" {', '.join(sorted(SUFFIXES))}, and captions of them"
         )
-    paths = [folder / name for name in names]
+    paths = [paths[name] for name in names]
     texts = [by_name[name] for name in names]
     sizes = [path.stat().st_size for path in paths]
     hashed = content_hash(paths[:: -(-len(paths) // HASHED_FILES)])
     fingerprint = digest("Pictures 1", names, texts, sizes, hashed)
     return Pictures(str(folder), names, paths, np.arange(len(names)), texts, fingerprint)
+
+
+def _readable(folder: Path, name: str) -> Path | None:
+    """Where a picture of that name is: spelt so, or as another system composes its letters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return None
+    for spelling in (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))):
+        path = folder / spelling
+        if path.is_file():
+            return path if os.access(path, os.R_OK) else None
+    return None
 
 
 def by_language(texts: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
@@ -212,33 +230,54 @@ def none_readable(pictures: Pictures) -> ValueError:
 
 
 def _split(pictures: Pictures, data: PictureData) -> dict[str, Pictures]:
-    """By the first folders' names if all are train or val, else by hash."""
-    sides = [match and match[1] for match in map(_SIDE.match, pictures.names)]
-    if len(set(sides)) > 1 and all(sides):
-        held_out = np.array([side != "train" for side in sides])
-        why = "folders"
-    else:
-        hashes = np.array([document_hash(name) for name in pictures.names], np.uint64)
-        held_out = hashes < np.uint64(data.validation_fraction * 2**64)
-        # Few pictures may all have fallen on one side.
+    """By the first folders' names if some are train and some val or test, else by hash."""
+    sides = np.array(
+        [match[1].lower() if (match := _SIDE.match(name)) else "" for name in pictures.names]
+    )
+    train, held_out = sides == "train", sides == "val"
+    why = "folders"
+    if not (train.any() and (held_out.any() or (sides == "test").any())):
+        held_out = _by_hash(pictures.names, data.validation_fraction)
+        train, why = ~held_out, data.validation_fraction
+    elif others := int((~train & ~held_out).sum()):
+        what = f"{others:,} pictures of {pictures.name} that are in no folder train or val"
+        report(what, "skip")
         if not held_out.any():
-            held_out = hashes == hashes.min()
-        if held_out.all():
-            held_out = hashes != hashes.max()
-        why = data.validation_fraction
-    if held_out.all() or not held_out.any():
+            return _split(pictures.some(np.flatnonzero(train), why), data)
+    if not train.any() or not held_out.any():
         raise ValueError(
             f"{pictures.name} holds one picture only, so there is none to hold out as its"
             " validation split: give more"
         )
     return {
-        "train": pictures.some(np.flatnonzero(~held_out), "train", why),
+        "train": pictures.some(np.flatnonzero(train), "train", why),
         "validation": pictures.some(np.flatnonzero(held_out), "validation", why),
     }
 
 
+def _by_hash(names: Sequence[str], fraction: float) -> np.ndarray:
+    """bool [names]: whether they are held out."""
+    hashes = np.array([document_hash(name) for name in names], np.uint64)
+    held_out = hashes < np.uint64(fraction * 2**64)
+    # Few pictures may all have fallen on one side.
+    if not held_out.any():
+        held_out = hashes == hashes.min()
+    if held_out.all():
+        held_out = hashes != hashes.max()
+    return held_out
+
+
 def _pictures_in(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    """In linked folders too, each of which is visited once."""
+    found, visited = [], set()
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (place := os.path.realpath(directory)) in visited:
+            folders.clear()
+            continue
+        visited.add(place)
+        found += [Path(directory, name) for name in files if Path(name).suffix.lower() in SUFFIXES]
+    return found
 
 
 def _captions_beside(path: Path) -> Captions:

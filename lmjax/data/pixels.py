@@ -7,6 +7,7 @@ Departures: pictures smaller than the crop, which the paper has none of, are enl
 is made and resized at once, which gives the pixels that resizing the whole square would give.
 """
 
+import errno
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,15 @@ Crop = Callable[[Image.Image, int, np.random.Generator], np.ndarray]
 
 
 class UnreadablePicture(ValueError):
-    """A file that is no whole picture."""
+    """A file that is no whole picture, or cannot be read."""
+
+    @property
+    def passing(self) -> bool:
+        """Whether the file may be whole, and its storage or this process is what failed."""
+        if isinstance(self.__cause__, OSError):
+            # Without a number it is what a decoder says.
+            return self.__cause__.errno not in (None, errno.ENOENT, errno.EACCES, errno.EISDIR)
+        return isinstance(self.__cause__, MemoryError)
 
 
 def read_picture(file: Path | bytes, size: int | None = None) -> Image.Image:

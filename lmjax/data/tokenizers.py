@@ -338,12 +338,12 @@ def named_tokenizer(path: str | os.PathLike, given: Tokenizer | None = None) -> 
     return named
 
 
-def check_rows(tokenizer: Tokenizer, rows: int | None) -> None:
-    """Raises ValueError if a model's embedding has fewer `rows` than there are ids."""
+def check_rows(tokenizer: Tokenizer, rows: int | None, option: str = "--model.vocab") -> None:
+    """Raises ValueError if a model's embedding has fewer `rows`, set by `option`, than ids."""
     if rows is not None and tokenizer.vocab_size > rows:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size:,} ids and the model's embedding {rows:,}"
-            " rows: set --model.vocab to that many or more, or a smaller --data.vocab-size"
+            f" rows: set {option} to that many or more, or a smaller --data.vocab-size"
         )
 
 

@@ -5,9 +5,12 @@ Axes: N and M pictures, R pixels a side.
 
 import importlib.util
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -15,11 +18,21 @@ from PIL import Image, ImageDraw, ImageFont
 from lmjax.data import cache
 from lmjax.training.reporting import EVENTS, Events
 
+AT_ONCE = 32
+"""Pictures that pass through a model together, at most: more are hardly faster, and may not fit."""
 CELL = 96
-"""Pixels a side of a picture on a sheet; smaller ones are enlarged."""
+"""Pixels a side of a picture on a sheet, at least; smaller ones are enlarged a whole number of
+times."""
 MARGIN = 6
 LETTERS = 15
 _FONT = "NanumGothic.ttf"
+
+
+def in_parts(function: Callable[..., Any], *arrays: np.ndarray) -> Any:
+    """What a function makes of the rows of arrays, from `AT_ONCE` rows at a time."""
+    starts = range(0, len(arrays[0]), AT_ONCE)
+    parts = [function(*(x[start : start + AT_ONCE] for x in arrays)) for start in starts]
+    return jax.tree.map(lambda *some: np.concatenate(some), *parts)
 
 
 def thumbnails(pictures: UInt8[np.ndarray, "N R R 3"], side: int = 16) -> Float[np.ndarray, "N F"]:
@@ -48,23 +61,27 @@ def as_bytes(pictures: Float[np.ndarray, "*N R R 3"]) -> UInt8[np.ndarray, "*N R
 def sheet(
     rows: Sequence[tuple[str, Sequence[UInt8[np.ndarray, "R R 3"]]]], columns: Sequence[str] = ()
 ) -> Image.Image:
-    """Rows of pictures with a caption each, English or Korean, under `columns`' names."""
+    """Rows of pictures with a caption each, English or Korean, under `columns`' names.
+
+    They keep their size, or a multiple of it.
+    """
     font = _font()
+    side = max(len(picture) for _, pictures in rows for picture in pictures)
+    cell = side * math.ceil(CELL / side)
     width = max([_length(font, caption) for caption, _ in rows] + [0])
     count = max(len(pictures) for _, pictures in rows)
     left, top = width + 2 * MARGIN, LETTERS + 2 * MARGIN if columns else MARGIN
-    step = CELL + MARGIN
+    step = cell + MARGIN
     image = Image.new("RGB", (left + count * step, top + len(rows) * step), "white")
     draw = ImageDraw.Draw(image)
     for column, name in enumerate(columns):
         draw.text((left + column * step, MARGIN), name, "black", font)
     for row, (caption, pictures) in enumerate(rows):
         y = top + row * step
-        draw.text((MARGIN, y + CELL // 2), caption, "black", font, anchor="lm")
+        draw.text((MARGIN, y + cell // 2), caption, "black", font, anchor="lm")
         for column, picture in enumerate(pictures):
-            one = Image.fromarray(picture)
-            how = Image.Resampling.NEAREST if one.width <= CELL else Image.Resampling.BOX
-            image.paste(one.resize((CELL, CELL), how), (left + column * step, y))
+            one = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
+            image.paste(one, (left + column * step, y))
     return image
 
 

@@ -5,6 +5,7 @@ Departures: settings that no published CLIP has (dropout, three different sorts 
 norm, other than three colours) are refused by name.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL.Image import Resampling
 
 from lmjax.data import fast_tokenizers
 from lmjax.data.fast_tokenizers import FastTokenizer
 from lmjax.interop import mapping
 from lmjax.interop.mapping import Source, Table
 from lmjax.interop.safetensors import CONFIG, Tensors
-from lmjax.models.clip import CLIP, CLIPConfig
+from lmjax.models.clip import CLIP, DEVIATION, LARGEST_SCALE, MEAN, CLIPConfig
 from lmjax.models.layers import unboxed
 
 SIZES = {
@@ -46,7 +48,8 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> CLIPConfi
       ValueError: a setting that this CLIP does not have.
     """
     default = CLIPConfig()
-    fields = {"joint_width": content.get("projection_dim", default.joint_width)}
+    width = content.get("projection_dim")
+    fields = {"joint_width": default.joint_width if width is None else width}
     both = {}
     for tower, names in {"text_config": TEXT, "vision_config": PICTURE}.items():
         own = content.get(tower) or {}
@@ -66,12 +69,12 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> CLIPConfi
     activation, epsilon = both["text_config"]
     if activation not in ACTIVATIONS:
         raise ValueError(f"{source}: hidden_act is {activation!r}, not one of {list(ACTIVATIONS)}")
-    end = (content.get("text_config") or {}).get("eos_token_id", fields["vocab"] - 1)
+    end = (content.get("text_config") or {}).get("eos_token_id")
     try:
         return CLIPConfig(
             **fields,
             # The last id is the largest one, which needs no search for a first occurrence.
-            end=None if end in (LARGEST_ID, fields["vocab"] - 1) else end,
+            end=None if end in (None, LARGEST_ID, fields["vocab"] - 1) else end,
             exact_gelu=ACTIVATIONS[activation],
             norm_epsilon=epsilon,
         )
@@ -80,6 +83,17 @@ def config_from_json(content: dict[str, Any], source: str = CONFIG) -> CLIPConfi
 
 
 def config_to_json(config: CLIPConfig) -> dict[str, Any]:
+    """The config.json that describes a model.
+
+    Raises:
+      ValueError: transformers would take another token for the end of its texts.
+    """
+    if config.end == LARGEST_ID:
+        raise ValueError(
+            f"CLIPConfig.end is {LARGEST_ID}, with which transformers takes the largest id for the"
+            " end of a text, so it cannot have this model: train one whose tokenizer ends texts"
+            " with another id (--data.tokenizer and --model.end)"
+        )
     activation = next(name for name, exact in ACTIVATIONS.items() if exact == config.exact_gelu)
     common = {
         "hidden_act": activation,
@@ -97,6 +111,24 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
         "text_config": {"model_type": "clip_text_model", **text, **common, "eos_token_id": end},
         "vision_config": {"model_type": "clip_vision_model", **picture, **common},
         "torch_dtype": "float32",
+    }
+
+
+def preprocessor_to_json(config: CLIPConfig) -> dict[str, Any]:
+    """How transformers makes of a picture what its model reads; here that is the model's part."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": config.size},
+        "resample": int(Resampling.BICUBIC),
+        "do_center_crop": True,
+        "crop_size": {"height": config.size, "width": config.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(DEVIATION),
     }
 
 
@@ -161,9 +193,12 @@ def import_params(config: CLIPConfig, tensors: Tensors):
 def export_tensors(config: CLIPConfig, params) -> Iterator[tuple[str, np.ndarray]]:
     """(key, float32 array) of every tensor of a Hugging Face file, one at a time.
 
+    The similarities' scale is bounded in them, which it is in our model and not in theirs.
+
     Raises:
       ValueError: `params` are not those of `config`.
     """
+    params = {**params, "scale": np.minimum(params["scale"], math.log(LARGEST_SCALE))}
     return mapping.export_tensors(sources(config), parameter_shapes(config), params)
 
 
@@ -184,7 +219,8 @@ def save_pretrained(
       ValueError: `params` or `tokenizer` do not fit `config`.
     """
     content, tensors = config_to_json(config), export_tensors(config, params)
-    mapping.save(directory, config, content, tensors, tokenizer, shard_bytes)
+    others = {"preprocessor_config.json": preprocessor_to_json(config)}
+    mapping.save(directory, config, content, tensors, tokenizer, shard_bytes, others)
 
 
 def load_tokenizer(directory: Path) -> FastTokenizer | None:

@@ -153,11 +153,13 @@ def save(
     tensors: Iterable[tuple[str, np.ndarray]],
     tokenizer: Tokenizer | None,
     shard_bytes: int,
+    others: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Writes a directory that `transformers` and `lmjax.load` read, whole or not at all.
 
     Args:
       content: of its config.json.
+      others: of further JSON files, by name.
 
     Raises:
       FileExistsError: the directory is there and not empty.
@@ -167,7 +169,7 @@ def save(
     if tokenizer is not None:
         check_vocabulary(config, tokenizer)
         files = tokenizer.files()
-    write_pretrained(directory, tensors, {CONFIG: content}, files, shard_bytes)
+    write_pretrained(directory, tensors, {CONFIG: content, **(others or {})}, files, shard_bytes)
 
 
 def refuse_other_copies(tensors: Tensors, key: str, copies: Collection[str], why: str) -> None:

@@ -18,6 +18,7 @@ import math
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -274,6 +275,18 @@ def unit(x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@jax.custom_vjp
+def at_most(x: Float[Array, ""], limit: float) -> Float[Array, ""]:
+    """min(x, limit), with a gradient where x is above that if descending it brings x back."""
+    return jnp.minimum(x, limit)
+
+
+at_most.defvjp(
+    lambda x, limit: (at_most(x, limit), x < limit),
+    lambda below, gradient: (jnp.where(below | (gradient > 0), gradient, 0), None),
+)
+
+
 class CLIP(nn.Module):
     """A picture and a text encoder; what follows a text's end token in its row is not read."""
 
@@ -312,5 +325,5 @@ class CLIP(nn.Module):
         self, pictures: Float[Array, "B E"], texts: Float[Array, "C E"]
     ) -> Float[Array, "B C"]:
         """From both sides' unit vectors."""
-        scale = jnp.exp(jnp.minimum(self.scale, math.log(LARGEST_SCALE)))
+        scale = jnp.exp(at_most(self.scale, math.log(LARGEST_SCALE)))
         return scale * (pictures @ texts.T)

@@ -13,9 +13,10 @@ blocks in which the keys lie, not the stream's square. Image positions have row 
 embeddings. Text is predicted among text rows, image among image rows of an output matrix that is
 not tied.
 What the paper does not say: norms, activation and initial weights are GPT-2's. What starts the
-stream is position 0's padding, for which no parameters are needed; nothing stands between text and
-image. Position p reads token p - 1, has the place of token p and predicts token p; masks are of
-positions.
+stream is position 0's padding, for which no parameters are needed. Position p reads token p - 1,
+has the place of token p and predicts token p; masks are of positions. So nothing stands between
+text and image: the last text token is what section 2.2 calls the start of the image, and has the
+first code's row and column; figure 10 may be read so that each code has its own ones instead.
 Departures: none of the image is seen out of raster order, as it would be if the row's window were
 taken literally down columns. Gradients are scaled by residual branches (section 2.4) where `scales`
 are given, for float16; in bfloat16 they need not be. Biases within branches have float16 gradients
@@ -171,7 +172,7 @@ PRESETS = {
         text_length=24,
         image_vocab=512,
         grid=8,
-        layers=6,
+        layers=4,
         width=128,
         heads=4,
         feed_forward=512,

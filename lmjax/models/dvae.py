@@ -109,7 +109,14 @@ class DVAEConfig:
 PRESETS = {
     "openai": DVAEConfig(),
     "emoji": DVAEConfig(
-        size=64, codes=512, groups=1, kernel=3, patch=8, least_log_scale=-1.0, normalized=True
+        size=64,
+        codes=512,
+        groups=1,
+        blocks=1,
+        kernel=1,
+        patch=8,
+        least_log_scale=-1.0,
+        normalized=True,
     ),
 }
 

@@ -4,6 +4,9 @@ Paper: Vogels et al. 2019, "PowerSGD: Practical Low-Rank Gradient Compression fo
 Optimization", algorithms 1 and 2; as Ramesh et al. 2021 use it, sections 2.5 and E.1: parameters
 are divided among the devices of a machine, and each device compresses the sums, between machines,
 of the parts that it holds.
+Departures from the latter: the right factors go on from those of the last step, as in Vogels et
+al., rather than staying what they were at first; before a basis is made orthogonal nothing is added
+to it; of a step that is not finite, no part keeps its gradient for the next one.
 """
 
 import dataclasses

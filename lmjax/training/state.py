@@ -17,17 +17,17 @@ class Averaging:
     """An exponential moving average of the parameters, which evaluation then uses."""
 
     decay: float = 0.999
-    """What part of the average is kept at each update."""
+    """What part of the average is kept each time that it moves."""
     interval: int = 1
-    """Steps from one update to the next."""
+    """Updates of the parameters from one time to the next; steps that are skipped are none."""
 
     def __post_init__(self):
         if not 0 <= self.decay < 1 or self.interval < 1:
             raise ValueError(f"averaging needs 0 <= decay < 1 and interval >= 1, not {self}")
 
-    def update(self, average: Params, params: Params, step: Int[Array, ""]) -> Params:
-        """The average after `step` steps."""
-        kept = jnp.where(step % self.interval == 0, self.decay, 1.0)
+    def update(self, average: Params, params: Params, updates: Int[Array, ""]) -> Params:
+        """The average after so many `updates` of the parameters."""
+        kept = jnp.where(updates % self.interval == 0, self.decay, 1.0)
         return jax.tree.map(
             lambda a, p: (kept * a + (1 - kept) * p).astype(a.dtype), average, params
         )

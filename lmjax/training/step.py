@@ -96,11 +96,14 @@ def train_step(
     }
 
     def update(state: TrainState) -> TrainState:
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        step = state.step + 1
-        ema = None if averaging is None else averaging.update(state.ema, params, step)
-        return TrainState(step, params, extra | scales, opt_state, ema, state.rng, carried)
+        changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        ema = None
+        if averaging is not None:
+            ema = averaging.update(state.ema, params, updates=opt_state[0])
+        return TrainState(
+            state.step + 1, params, extra | scales, opt_state, ema, state.rng, carried
+        )
 
     def pass_over(state: TrainState) -> TrainState:
         return state._replace(step=state.step + 1, extra=state.extra | scales)

@@ -1,5 +1,7 @@
 import itertools
 import json
+import types
+import unicodedata
 
 import numpy as np
 import pytest
@@ -87,6 +89,18 @@ def test_nothing_is_unknown_and_case_does_not_matter(tokenizer):
     assert tokenizer.encode("\u1112\u1161\u11ab") == tokenizer.encode("한")
 
 
+def test_captions_are_read_alike_by_any_tokenizer(tokenizer, names, tmp_path):
+    """Whatever their case, spaces and Unicode form: they are prompts, too."""
+    texts = [text for name in names for [text] in name.values()]
+    cased = fast_tokenizers.train("byte_bpe", texts, 1_000, lower_case=False)
+    for reader in (tokenizer, cased):
+        encode = CaptionEncoder(reader, 40).encode
+        plain = encode("red heart 하트")
+        assert reader.decode(plain) == "red heart 하트"
+        strange = unicodedata.normalize("NFD", " Red  HEART\n하트 ")
+        np.testing.assert_array_equal(encode(strange), plain)
+
+
 def test_a_vocabulary_is_as_large_as_the_captions_support(names):
     sizes = {}
     for language in ("en", "ko", "both"):
@@ -139,11 +153,13 @@ def test_pictures_without_captions_are_left_out_or_refused(capsys):
     assert kept.names == ["1.png", "3.png"] and kept.file(1) == "3.png"
     assert kept.fingerprint != pictures_of(captions).fingerprint
     said = capsys.readouterr().err
-    assert "2 of 4 pictures without Korean captions, the first of them photos/0.png" in said
+    assert "2 of 4 train pictures without Korean captions, the first of them photos/0.png" in said
     assert len(with_captions(pictures_of(captions), CaptionedPictureData())) == 3
-    with pytest.raises(ValueError, match="1 of 4 pictures without captions.*2.png: mend or remove"):
+    with pytest.raises(ValueError, match="1 of 4 train pictures without captions.*2.png: mend"):
         with_captions(pictures_of(captions), CaptionedPictureData(unusable="refuse"))
-    with pytest.raises(ValueError, match="nothing to learn from: 1 of 1 pictures without Korean"):
+    with pytest.raises(
+        ValueError, match="nothing to learn .* 1 of 1 train pictures without Korean"
+    ):
         with_captions(pictures_of(captions[:1]), korean)
     assert in_language(captions[3], "en") == {"en": ("b",)}
 
@@ -179,6 +195,12 @@ def test_dropout_needs_merges_of_bytes(names):
             CaptionEncoder(other, 30, dropout=0.1)
         encoder = CaptionEncoder(other, 30)
         assert encoder.encode(texts[0]).tolist() == other.encode_batch(texts[:1])[0].tolist()
+
+
+def test_ends_need_tokens_for_them():
+    pieces = types.SimpleNamespace(bos_id=None, eos_id=1)  # as T5's are
+    with pytest.raises(ValueError, match="no tokens that begin and end a text"):
+        CaptionEncoder(pieces, 10, ends=True)
 
 
 def test_merges_as_older_files_spell_them(tokenizer):

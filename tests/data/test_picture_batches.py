@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import functools
 import itertools
+import json
 import pickle
 
 import numpy as np
@@ -30,8 +32,11 @@ def folder(tmp_path, monkeypatch):
     return folder
 
 
+KINDS = ("unusable", "augment", "language", "dropout", "truncate")
+
+
 def read(folder, captions=True, **settings):
-    data = {k: settings.pop(k) for k in list(settings) if k in ("unusable", "augment", "language")}
+    data = {k: settings.pop(k) for k in list(settings) if k in KINDS}
     kind = CaptionedPictureData if captions else PictureData
     options = {"batch": BATCH, "seed": 0, **settings}
     if captions:
@@ -167,8 +172,8 @@ def test_nothing_but_damaged_pictures_is_said(folder):
 
 
 def test_too_few_rows_for_the_tokenizer(folder):
-    with pytest.raises(ValueError, match="the model's embedding 100 rows: set --model.vocab"):
-        read(folder, rows=100)
+    with pytest.raises(ValueError, match="the model's embedding 100 rows: set --model.text-v"):
+        read(folder, rows=("--model.text-vocab", 100))
 
 
 def encode(pictures, calls=None):
@@ -256,6 +261,39 @@ def test_what_a_store_lacks_is_said_or_refused_whenever_it_is_opened(folder, cap
         assert "left out: 2 of 18 pictures that cannot be read, the first of them" in said
     with pytest.raises(ValueError, match=r"train/05.png \(.*\): mend or remove it, or set"):
         build_code_store(train, encode, "m", SIZE, unusable="refuse")
+
+
+def test_storage_that_fails_for_a_while_leaves_no_mark(folder, monkeypatch):
+    """What is wrong with a file is remembered; what is wrong with a disk is not."""
+    train, failures = open_pictures(PictureData(folder=str(folder)))["train"], [errno.EIO]
+    opened = Image.open
+
+    def fail(file):
+        if "05" in str(file) and failures:
+            raise OSError(failures.pop(), "Input/output error")
+        return opened(file)
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match=r"05.png could not be read \(Input/output error\)"):
+        build_code_store(train, encode, "m", SIZE)
+    assert build_code_store(train, encode, "m", SIZE).readable.all()
+
+
+def test_what_is_learned_from_pictures_is_part_of_a_run(folder):
+    """How they are cropped, and how captions are cut."""
+    build = functools.partial(build_code_store, encode=encode, model_sha256="m", size=SIZE)
+    found = [
+        read(folder, **settings).identity
+        for settings in (
+            {},
+            {"augment": False},
+            {"dropout": 0.0},
+            {"truncate": True},
+            {"captions": False},
+            {"encode": {"train": build, "validation": build}},
+        )
+    ]
+    assert len({json.dumps(identity) for identity in found}) == len(found)
 
 
 def test_bad_code_stores(folder, tmp_path):

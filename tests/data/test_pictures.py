@@ -1,8 +1,10 @@
 import io
 import json
+import os
 import pathlib
 import pickle
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -144,9 +146,65 @@ def test_missing_pictures_are_left_out_or_refused(folder, capsys):
     file = write(folder / "captions.jsonl", entries)
     assert len(everything(opened(captions=file))) == 3
     said = capsys.readouterr().err
-    assert f"2 of 5 pictures of {file} are not in {folder}, the first of them 17.PNG" in said
+    assert f"2 of 5 pictures of {file} are not in {folder}, may not be read," in said
+    assert "the first of them 17.PNG" in said
     with pytest.raises(FileNotFoundError, match="2 of 5 pictures .* set data.unusable to skip"):
         opened(captions=file, unusable="refuse")
+
+
+def save(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(0))
+
+
+def test_splits_by_folders_leave_out_what_is_in_none(tmp_path, capsys):
+    for name in ("Train/a", "Train/b", "valid/c", "test2014/d", "stray", "trains/e"):
+        save(tmp_path / f"{name}.png")
+    splits = opened(folder=str(tmp_path))
+    assert {s: list(p.names) for s, p in splits.items()} == {
+        "train": ["Train/a.png", "Train/b.png"],
+        "validation": ["valid/c.png"],
+    }
+    assert "left out: 3 pictures of" in capsys.readouterr().err
+    # Without a validation part, some of what is for training is held out.
+    shutil.rmtree(tmp_path / "valid")
+    names = sorted(everything(opened(folder=str(tmp_path))))
+    assert names == ["Train/a.png", "Train/b.png"]
+    # Folders that are no splits are only folders.
+    shutil.rmtree(tmp_path / "test2014")
+    assert len(everything(opened(folder=str(tmp_path)))) == 4
+
+
+def test_linked_folders_are_looked_into_once(tmp_path):
+    save(tmp_path / "elsewhere" / "a.png")
+    save(tmp_path / "photos" / "b.png")
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "folder.png").mkdir()
+    assert sorted(everything(opened(folder=str(tmp_path / "photos")))) == ["b.png", "link/a.png"]
+
+
+def test_names_that_other_systems_spell(tmp_path, capsys):
+    """Hangul letter by letter is found; bytes that are no UTF-8 are left out by name."""
+    for name in ("하나", "b"):
+        save(tmp_path / (unicodedata.normalize("NFD", name) + ".png"))
+    entries = [{"image": f"{name}.png", "text": name} for name in ("하나", "b")]
+    found = everything(opened(captions=write(tmp_path / "captions.jsonl", entries)))
+    assert found == {"하나.png": {"ko": ("하나",)}, "b.png": {"en": ("b",)}}
+    assert not capsys.readouterr().err
+
+    save(tmp_path / os.fsdecode(b"\xc7\xcf.png"))
+    assert len(everything(opened(folder=str(tmp_path)))) == 2
+    said = capsys.readouterr().err
+    assert "1 of 3 pictures" in said and r"the first of them \udcc7\udccf.png" in said
+    with pytest.raises(FileNotFoundError, match="names that are not UTF-8"):
+        opened(folder=str(tmp_path), unusable="refuse")
+
+
+def test_files_that_may_not_be_read(folder, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "2.PNG")
+    assert len(everything(opened(folder=str(folder)))) == 9
+    assert "1 of 10 pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

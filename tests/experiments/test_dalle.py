@@ -19,13 +19,14 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 import lmjax
-from experiments import clip_train, dalle_train, dvae_train
+from experiments import clip_train, dalle_generate, dalle_train, dvae_train
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark.trained import measure as judge
-from experiments.dalle_generate import DALLEGenerate, check_picture, trained
+from experiments.dalle_generate import DALLEGenerate, check_picture, ranker, trained
 from experiments.dalle_train import SAMPLES, Easel, sample_rows
-from lmjax.data.captions import CaptionedPictureData
+from lmjax.data.captions import CaptionedPictureData, CaptionEncoder
 from lmjax.data.pixels import UnreadablePicture
+from lmjax.evaluation.pictures import AT_ONCE, sheet
 from lmjax.loading import TOKENIZER, describe
 from lmjax.tasks.dvae import HalfCosine
 from tests.experiments.conftest import ROOT, environment
@@ -191,11 +192,16 @@ def test_pictures_are_matched_drawn_and_ranked(run, dvae, dalle, clip, tmp_path)
     done = run("experiments.dalle_generate", *places, *flags, "avocado", "아보카도")
     assert done.stdout.count("the best of 6 scores") == 2
     assert Image.open(drawn).size[1] == 2 * 102 + 6
+    # Without --dvae, the one that the DALL-E was trained with; brackets are but brackets.
+    aside = dict(zip(places[::2], places[1::2], strict=True))
+    flags = ["--checkpoint", aside["--checkpoint"], "--output", tmp_path / "new" / "drawn.webp"]
+    run("experiments.dalle_generate", *flags, "--samples", 1, "a sign [/]")
+    assert Image.open(tmp_path / "new" / "drawn.webp").format == "WEBP"
 
     Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
     flags = ["--complete", tmp_path / "red.png", "--rows", 2, "--output", drawn]
     run("experiments.dalle_generate", *places, *flags, "--truncate", "red square " * 40)
-    assert pictures_shown(dalle.workdir, "drawings") == [40, 40]
+    assert pictures_shown(dalle.workdir, "drawings") == [40, 40, 40]
     for flags, words in (
         (["--checkpoint", dvae.workdir, "x"], "holds a dvae, not a dalle"),
         (["--rows", 9, "--complete", tmp_path / "red.png", "x"], "--rows is 9"),
@@ -215,7 +221,7 @@ def test_pictures_are_matched_drawn_and_ranked(run, dvae, dalle, clip, tmp_path)
     ("flags", "words"),
     [
         (["--model.image-vocab", "64"], "has 32 codes on a grid of 4, and the model 64 on 4"),
-        (["--dvae", "absent"], "such --model options that it has 32 codes on a grid of 4"),
+        (["--dvae", "absent"], "give the workdir of one with 32 codes on a grid of 4"),
     ],
 )
 def test_dvaes_that_do_not_fit(run, dvae, tmp_path, flags, words):
@@ -236,6 +242,88 @@ def test_what_is_no_dvae_or_another_one_is_refused(dvae, dalle, clip, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="--dvae .*dvae is not the one that .* was trained with"):
         easel.check(tmp_path)
+
+
+def test_drawings_are_ranked_by_what_a_clip_says_of_them(clip):
+    """As it says it of each picture alone, of its own size and whatever the others are."""
+    model, params, tokenizer = lmjax.load(clip.workdir)
+    rng, size = np.random.default_rng(0), model.config.size
+    pictures = rng.integers(256, size=(AT_ONCE + 3, size, size, 3)).astype(np.uint8)
+    captions = ["red heart", "빨간색 하트"]
+    rank = ranker(model, params, tokenizer, captions, truncate=False)
+    read = CaptionEncoder(tokenizer, model.config.positions, ends=True).encode
+    for number, caption in enumerate(captions):
+        text = read(caption)[None]
+        expected = [model.apply({"params": params}, one[None] / 255, text) for one in pictures]
+        np.testing.assert_allclose(
+            rank(number, pictures), np.concatenate(expected)[:, 0], rtol=1e-4, atol=1e-4
+        )
+    larger = pictures.repeat(4, axis=1).repeat(4, axis=2)
+    assert np.corrcoef(rank(0, larger), rank(0, pictures))[0, 1] > 0.95
+    with pytest.raises(ValueError, match="the CLIP that ranks cannot read all of a caption: .* x"):
+        ranker(model, params, tokenizer, ["x" * 100], truncate=False)
+    assert ranker(model, params, tokenizer, ["x" * 100], truncate=True)(0, pictures).size
+
+
+def test_the_best_drawings_are_shown_first(dvae, dalle, tmp_path, monkeypatch):
+    """Here the brightest ones."""
+    shown = {}
+    monkeypatch.setattr(dalle_generate, "trained", lambda *_: lmjax.load(dalle.workdir))
+    monkeypatch.setattr(dalle_generate, "ranker", lambda *_: lambda _, p: p.mean((1, 2, 3)))
+    monkeypatch.setattr(dalle_generate, "log_sheet", lambda *_: None)
+    monkeypatch.setattr(
+        dalle_generate, "sheet", lambda rows: shown.update(rows) or Image.new("RGB", (8, 8))
+    )
+    flags = ["--checkpoint", dalle.workdir, "--dvae", dvae.workdir, "--rerank", "clip"]
+    flags += ["--samples", AT_ONCE + 4, "--shown", 5, "--output", tmp_path / "drawn.png", "avocado"]
+    monkeypatch.setattr(sys, "argv", ["dalle_generate", *map(str, flags)])
+    dalle_generate.main()
+    means = [picture.mean() for picture in shown["avocado"]]
+    assert len(means) == 5 and means == sorted(means, reverse=True) and means[0] > means[-1]
+
+
+def test_a_completed_picture_begins_as_the_given_one(dvae, dalle, tmp_path):
+    path = tmp_path / "given.png"
+    Image.effect_noise((40, 40), 90).save(path)
+    settings = DALLEGenerate(("a", "b"), dvae=str(dvae.workdir), checkpoint=str(dalle.workdir))
+    settings = dataclasses.replace(settings, complete=path, rows=3)
+    model, params, tokenizer = lmjax.load(dalle.workdir)
+    easel = Easel(dalle_generate.drawn_with(settings), model, tokenizer)
+    codes = easel.codes(easel.read(path))
+    top = dalle_generate.given_rows(settings, easel, 4)
+    np.testing.assert_array_equal(top, [codes[:12]] * 2)
+    # The rows above are decoded from these codes, so they only differ where lower ones reach.
+    drawn = easel.draw(params, settings.captions, 2, top=top)
+    assert drawn.shape == (2, 2, 16, 16, 3) and len({one.tobytes() for one in drawn[0]}) == 2
+
+
+def test_many_drawings_are_made_in_parts(dvae, dalle, monkeypatch):
+    """As many as asked for, none twice, the same each time."""
+    monkeypatch.setattr(dalle_train, "AT_ONCE", 3)
+    model, params, tokenizer = lmjax.load(dalle.workdir)
+    easel = Easel(dataclasses.replace(dalle_train.EMOJI, dvae=str(dvae.workdir)), model, tokenizer)
+    for captions, samples in ((5, 1), (2, 2), (1, 4)):
+        names = [f"heart {i}" for i in range(captions)]
+        drawn = easel.draw(params, names, samples)
+        assert drawn.shape == (captions, samples, 16, 16, 3)
+        assert len({one.tobytes() for one in drawn.reshape(-1, 16, 16, 3)}) == captions * samples
+        np.testing.assert_array_equal(easel.draw(params, names, samples), drawn)
+
+
+def test_sheets_show_pictures_at_their_size_or_a_multiple():
+    for side, cell in ((16, 96), (64, 128), (72, 144), (96, 96), (256, 256)):
+        picture = np.random.default_rng(0).integers(256, size=(side, side, 3)).astype(np.uint8)
+        image = sheet([("", [picture, picture])])
+        assert image.size == (12 + 2 * (cell + 6), 6 + cell + 6)
+        shown = np.asarray(image)[6 : 6 + cell, 12 : 12 + cell]
+        np.testing.assert_array_equal(shown[:: cell // side, :: cell // side], picture)
+
+
+def test_a_clip_needs_as_many_pairs_as_stand_in_a_batch(cache, monkeypatch):
+    monkeypatch.setenv("LMJAX_CACHE", str(cache))
+    many = dataclasses.replace(clip_train.EMOJI, batch=4_000)
+    with pytest.raises(ValueError, match="--batch is 4000 and there are 3792 pictures .* 3792 or"):
+        many.read(None, (0, 1))
 
 
 def test_clips_without_a_tokenizer(clip, tmp_path):
@@ -289,6 +377,7 @@ def test_the_default_runs(run, tmp_path):
     assert minutes < 20 and (tmp_path / "drawings.png").stat().st_size > 10_000
     lines = (tmp_path / "dvae" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["eval_psnr"] >= 20
+    assert int(re.search(r"(\d+) of 512 codes", output[0])[1]) > 256
     told_apart = re.findall(
         r"trained on, (en|ko): .*? in (\d+)% of cases", output[1].replace("\n", " ")
     )

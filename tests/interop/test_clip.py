@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from safetensors.numpy import save_file
 from transformers import CLIPConfig as TheirConfig
-from transformers import CLIPModel
+from transformers import CLIPImageProcessor, CLIPModel
 
 import lmjax
 from lmjax.interop import clip as interop
@@ -156,6 +156,10 @@ def test_export(theirs, ours, tmp_path):
         np.testing.assert_array_equal(again.state_dict()[name], tensor, err_msg=name)
     assert again.config.text_config.eos_token_id == END
     assert again.config.text_config.hidden_act == "quick_gelu"
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "again")
+    picture = np.random.default_rng(0).integers(256, size=(24, 24, 3)).astype(np.uint8)
+    found = processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_allclose(found, (picture / 255 - MEAN) / DEVIATION, atol=1e-6)
     assert interop.config_from_json(read_json(tmp_path / "again" / "config.json")) == model.config
 
 
@@ -177,12 +181,24 @@ def test_tokenizers(ours, tmp_path):
 
 def test_every_setting_survives_a_config_json():
     default = PRESETS["vit-b-32"]
-    assert interop.config_from_json({}) == default
+    assert interop.config_from_json({"projection_dim": None}) == default
     for config in (
         PRESETS["emoji"],
         dataclasses.replace(default, end=7, exact_gelu=True, norm_epsilon=1e-6, joint_width=99),
     ):
         assert interop.config_from_json(interop.config_to_json(config)) == config
+
+
+def test_what_transformers_would_read_otherwise_is_not_saved(ours, tmp_path):
+    """To it, an end of 2 means the largest id; and it does not bound the scale."""
+    model, params, _ = ours
+    config = dataclasses.replace(model.config, end=2)
+    with pytest.raises(ValueError, match="end is 2, with which transformers takes the largest id"):
+        interop.save_pretrained(tmp_path / "saved", config, params)
+    assert not (tmp_path / "saved").exists()
+    high = {**params, "scale": np.float32(6)}
+    tensors = dict(interop.export_tensors(model.config, high))
+    assert tensors["logit_scale"] == pytest.approx(np.log(100))
 
 
 @pytest.mark.parametrize(

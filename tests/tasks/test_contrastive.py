@@ -1,11 +1,13 @@
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.models.clip import CLIP, PRESETS, CLIPConfig
+from lmjax.models.clip import CLIP, PRESETS, CLIPConfig, at_most
 from lmjax.sharding.flops import product_flops
 from lmjax.sharding.mesh import Layout
 from lmjax.sharding.strategies import PMAP, STRATEGIES, MeshOptions, mesh_shape
@@ -115,6 +117,23 @@ def test_similarities_count_a_hundred_times_at_most(params):
     at = {s: loss({**params, "scale": jnp.log(jnp.float32(s))}, batch)[0] for s in (50, 100, 400)}
     assert at[400] == pytest.approx(at[100], rel=1e-5)
     assert at[50] != pytest.approx(at[100], rel=1e-2)
+
+
+def test_a_scale_above_that_can_only_come_back(params):
+    """Its gradient is that at the bound where descending lowers it, and else 0."""
+
+    def slope(scale, towards):
+        return jax.grad(lambda s: towards * jnp.exp(at_most(s, math.log(100.0))))(math.log(scale))
+
+    assert slope(50.0, 1) == pytest.approx(50, rel=1e-5) and slope(50.0, -1) < 0
+    assert slope(400.0, 1) == pytest.approx(100, rel=1e-5)
+    assert slope(400.0, -1) == 0
+    # Pairs that are told apart wrongly are better off with a lower scale.
+    batch = pairs(4)
+    high = {**params, "scale": jnp.log(jnp.float32(400))}
+    value = functools.partial(TASK.loss, normalizers=TASK.normalizers(batch), rngs={}, step=0)
+    gradient, _ = jax.grad(value, has_aux=True)(high, {}, batch)
+    assert gradient["scale"] > 0
 
 
 def test_the_scale_and_biases_do_not_decay():

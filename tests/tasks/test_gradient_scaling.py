@@ -133,7 +133,7 @@ def test_bfloat16_needs_no_scales():
 
 
 HALF = dataclasses.replace(EMOJI.execution, dtype="float16")
-SKIPPING = dataclasses.replace(EMOJI.fit, nonfinite="skip", max_skips=500)
+SKIPPING = dataclasses.replace(EMOJI.fit, nonfinite="skip", max_skips=1_500)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ SKIPPING = dataclasses.replace(EMOJI.fit, nonfinite="skip", max_skips=500)
         ({"execution": HALF}, "vanish: choose bfloat16"),
         ({"gradient_scaling": 0, "execution": HALF}, "--gradient-scaling is 0, not 1"),
         ({"gradient_scaling": 1}, "and --execution.dtype is auto: add"),
-        ({"gradient_scaling": 1, "execution": HALF}, "--fit.nonfinite skip --fit.max-skips 500"),
+        ({"gradient_scaling": 1, "execution": HALF}, "--fit.nonfinite skip --fit.max-skips 1500"),
     ],
 )
 def test_options_that_do_not_go_together(changes, words):
