@@ -202,12 +202,14 @@ EMOJI = DALLETrain(
     model=dalle.PRESETS["emoji"],
     data=CaptionedPictureData(vocab_size=2_048, augment=False),
     corruption=0.2,
-    optimizer=AdamW(Cosine(2e-3, horizon=2_000, warmup=100), beta2=0.98, weight_decay=0.01),
+    optimizer=AdamW(
+        Cosine(2e-3, horizon=1_600, warmup=100, final_fraction=0.0), beta2=0.98, weight_decay=0.01
+    ),
     batch=32,
-    steps=2_000,
+    steps=1_600,
     workdir=Path("runs/dalle-emoji"),
     execution=ExecutionOptions(remat="none", attention="whole"),  # the fastest for so small a one
-    fit=FitOptions(log_every=1, eval_every=500, checkpoint_every=250),
+    fit=FitOptions(log_every=1, eval_every=400, checkpoint_every=400),
 )
 PAPER = DALLETrain(
     model=dalle.PRESETS["12b"],

@@ -32,6 +32,9 @@ from lmjax.data.pictures import (
 from lmjax.data.pixels import Crop, UnreadablePicture, middle_crop, read_picture
 from lmjax.data.tokenizers import Tokenizer, check_rows
 
+KEPT_BYTES = 2**27
+"""Of pictures that were read, so much is kept: small sets are read once."""
+
 
 class Picture(NamedTuple):
     """What an objective makes an example of."""
@@ -53,12 +56,14 @@ class PictureRows:
         size: the side of what will be cropped of them, see `read_picture`.
         unusable: what to do about files that cannot be read.
         unreadable: the places of those found so far.
+        read: those kept in memory.
     """
 
     pictures: Pictures
     size: int
     unusable: Unusable = "skip"
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
+    read: dict[int, Image.Image] = dataclasses.field(default_factory=dict)
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -72,7 +77,7 @@ class PictureRows:
             if other in self.unreadable:
                 continue
             try:
-                image = read_picture(self.pictures.file(other), self.size)
+                image = self.picture(other)
             except UnreadablePicture as error:
                 place, count = self.pictures.place(other), len(self.unreadable) + 1
                 report(f"{place} ({error}), {count:,} unreadable so far", self.unusable)
@@ -80,6 +85,16 @@ class PictureRows:
                 continue
             return [(index, Picture(image, self.pictures.captions[other]))]
         raise none_readable(self.pictures)
+
+    def picture(self, index: int) -> Image.Image:
+        """Read, or kept from the last time; raises UnreadablePicture."""
+        if index in self.read:
+            return self.read[index]
+        image = read_picture(self.pictures.file(index), self.size)
+        bytes_each = 3 * image.width * image.height
+        if len(self) * bytes_each <= KEPT_BYTES:
+            self.read[index] = image
+        return image
 
 
 class CodeRows:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lmjax.data import picture_batches
 from lmjax.data.batches import shuffled
 from lmjax.data.captions import CaptionedPictureData
 from lmjax.data.code_store import CodeStore, build_code_store, code_directory
@@ -153,6 +154,22 @@ def test_damaged_pictures_are_replaced_and_named_once(folder, capsys):
     assert len(batches.rows.unreadable) == 2
     # Which one replaces it does not depend on what was read before.
     assert same(read(folder, batch=18).batches.batch(2), batches.batch(2))
+
+
+def test_small_sets_are_read_once_and_large_ones_again(folder, monkeypatch):
+    reads = []
+    monkeypatch.setattr(
+        picture_batches, "read_picture", lambda file, size: reads.append(file) or Image.open(file)
+    )
+    train = open_pictures(PictureData(folder=str(folder)))["train"]
+    for room, expected in ((18 * 3 * 12 * 10, 18), (18 * 3 * 12 * 10 - 1, 36)):
+        monkeypatch.setattr(picture_batches, "KEPT_BYTES", room)
+        rows = PictureRows(train, SIZE)
+        for index in (*range(18), *range(18)):
+            [(_, picture)] = rows.row(index)
+            assert picture.content.size == (12, 10)
+        assert len(reads) == expected
+        reads.clear()
 
 
 def test_damaged_pictures_are_refused(folder):
