@@ -102,15 +102,15 @@ class DVAETrain(PictureRun):
 EMOJI = DVAETrain(
     model=dvae.PRESETS["emoji"],
     beta=HalfCosine(0, 0, 1),
-    temperature=HalfCosine(1, 1 / 8, 3_000),
-    balance=HalfCosine(25, 8, 2_400),
+    temperature=HalfCosine(1, 1 / 8, 3_300),
+    balance=HalfCosine(25, 8, 2_700),
     data=PictureData(augment=False),
-    optimizer=AdamW(Cosine(2e-3, horizon=3_600, warmup=50, final_fraction=0.0), weight_decay=1e-4),
-    average=0.998,
+    optimizer=AdamW(Cosine(2e-3, horizon=4_000, warmup=50), weight_decay=1e-4),
+    average=0.99,
     batch=16,
-    steps=3_600,
+    steps=4_000,
     workdir=Path("runs/dvae-emoji"),
-    fit=FitOptions(log_every=10, eval_every=600, checkpoint_every=600),
+    fit=FitOptions(log_every=10, eval_every=500, checkpoint_every=500),
 )
 PAPER = DVAETrain(
     model=dvae.PRESETS["openai"],
