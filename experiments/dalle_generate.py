@@ -119,8 +119,9 @@ def main() -> None:
     image.save(content, registered_extensions()[settings.output.suffix.lower()])
     atomic_write(settings.output, content.getvalue())
     console.print(f"look at {settings.output}")
+    checkpoint = Path(settings.checkpoint).expanduser()
     try:
-        log_sheet(image, Path(settings.checkpoint), "drawings", latest_step(settings.checkpoint))
+        log_sheet(image, checkpoint, "drawings", latest_step(checkpoint))
     except OSError as error:
         console.print(f"not in TensorBoard: {error}")  # a workdir to read only
 

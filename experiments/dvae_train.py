@@ -9,7 +9,7 @@ Paper: Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", sections 2.1 an
     python -m experiments.dvae_train --preset paper --data.tfds coco_captions --workdir /data/dvae
 
 The first trains `emoji` on 3,792 emoji of 64 x 64 pixels, which become 8 x 8 of 512 codes: about
-six and a half minutes on two CPU cores. reconstructions.png in the workdir then shows held-out
+nine minutes on two slow CPU cores. reconstructions.png in the workdir then shows held-out
 emoji beside what is left of them after going through their codes, and codes.png how often each code
 is used; TensorBoard has such reconstructions from every evaluation on the way. --model.nearest
 makes a VQ-VAE of the same network.
@@ -102,13 +102,13 @@ class DVAETrain(PictureRun):
 EMOJI = DVAETrain(
     model=dvae.PRESETS["emoji"],
     beta=HalfCosine(0, 0, 1),
-    temperature=HalfCosine(1, 1 / 8, 3_300),
-    balance=HalfCosine(25, 8, 2_700),
+    temperature=HalfCosine(1, 1 / 8, 3_750),
+    balance=HalfCosine(25, 8, 3_000),
     data=PictureData(augment=False),
-    optimizer=AdamW(Cosine(2e-3, horizon=4_000, warmup=50), weight_decay=1e-4),
+    optimizer=AdamW(Cosine(2e-3, horizon=4_500, warmup=50), weight_decay=1e-4),
     average=0.99,
     batch=16,
-    steps=4_000,
+    steps=4_500,
     workdir=Path("runs/dvae-emoji"),
     fit=FitOptions(log_every=10, eval_every=500, checkpoint_every=500),
 )
