@@ -92,7 +92,6 @@ def main() -> None:
     settings = tyro.cli(DALLEGenerate, description=__doc__)
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
     check_picture(settings.complete)
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
     model, params, tokenizer = trained("checkpoint", settings.checkpoint, "dalle")
     rank = None
     if settings.rerank == "clip":
@@ -102,13 +101,14 @@ def main() -> None:
     top = None
     if settings.complete is not None:
         top = given_rows(settings, easel, model.config.grid)
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     with console.status(f"drawing {settings.samples * len(settings.captions):,} pictures"):
         drawn = easel.draw(params, settings.captions, settings.samples, sampling, top)
     rows = []
-    for number, (caption, pictures) in enumerate(zip(settings.captions, drawn, strict=True)):
+    for caption, pictures in zip(settings.captions, drawn, strict=True):
         if rank is not None:
-            scores = rank(number, pictures)
+            scores = rank(caption, pictures)
             pictures = pictures[scores.argsort()[::-1]]
             console.print(
                 f"{caption}: the best of {len(pictures)} scores {scores.max():.2f}, the mean"
@@ -176,8 +176,8 @@ def given_rows(settings: DALLEGenerate, easel: Easel, grid: int) -> np.ndarray:
 
 def ranker(
     model: CLIP, params, tokenizer, captions: Sequence[str], truncate: bool
-) -> Callable[[int, np.ndarray], np.ndarray]:
-    """(number of a caption, its pictures [N, R, R, 3] in bytes) -> how well each of them fits it.
+) -> Callable[[str, np.ndarray], np.ndarray]:
+    """(one of the captions, pictures [N, R, R, 3] in bytes) -> how well each of them fits it.
 
     That is a logit: what a softmax over captions would take. Pictures are resized as CLIP's are.
 
@@ -186,7 +186,7 @@ def ranker(
     """
     read = CaptionEncoder(tokenizer, model.config.positions, truncate=truncate, ends=True).encode
     try:
-        texts = [read(caption) for caption in captions]
+        texts = {caption: read(caption) for caption in captions}
     except ValueError as error:
         raise ValueError(f"the CLIP that ranks cannot read all of a caption: {error}") from error
     size = model.config.size
@@ -197,8 +197,8 @@ def ranker(
         fitted = jax.image.resize(as_floats(pictures), shape, "cubic", antialias=True)
         return model.apply({"params": params}, jnp.clip(fitted, 0, 1), text[None])[:, 0]
 
-    def rank(number, pictures):
-        return in_parts(lambda some: similarities(texts[number], some), pictures)
+    def rank(caption, pictures):
+        return in_parts(lambda some: similarities(texts[caption], some), pictures)
 
     return rank
 

@@ -15,8 +15,8 @@ caption says; the paper, with millions of pictures, has nothing of the kind. The
 samples.png in the workdir has captions beside their pictures, and for 64 captions of each language,
 each drawn once, it says how often the drawing is nearer to its own original than to the 63 others:
 61 % and 58 % (88 % and 98 % after an hour of --model.layers 6 --batch 64 --steps 9000
---optimizer.schedule.horizon 9000). TensorBoard has drawings from every evaluation on the way,
-unless several processes train.
+--optimizer.schedule.horizon 9000 --optimizer.schedule.final-fraction 0.1). TensorBoard has drawings
+from every evaluation on the way, unless several processes train.
 
 `paper` is the 12-billion-parameter model with the paper's recipe: 430,000 steps of 1,024 pictures
 of 32 x 32 codes, AdamW with betas 0.9 and 0.96 and decay 0.045, clipping at 4, a rate of 4.5e-4
@@ -112,8 +112,7 @@ class DALLETrain(PictureRun):
                 f"--gradient-scaling is for float16, and --execution.dtype is"
                 f" {self.execution.dtype}: add --execution.dtype float16, or leave it out"
             )
-        # Until a scale has shrunk from the first one to the least.
-        skips = 12 * GradientScaling.patience
+        skips = GradientScaling(self.gradient_scaling).longest_fall
         if self.fit.nonfinite != "skip" or self.fit.max_skips < skips:
             raise ValueError(
                 "--gradient-scaling finds its scales by overflowing: add --fit.nonfinite skip"

@@ -168,20 +168,24 @@ def picture_files(
         by_name = {path.relative_to(folder).as_posix(): found[path] for path in sorted(found)}
     else:
         by_name = _entries(Path(captions).expanduser())
-    paths = {name: path for name in by_name if (path := _readable(folder, name)) is not None}
-    if missing := [name for name in by_name if name not in paths]:
-        where = f"{len(missing):,} of {len(by_name):,} pictures of {captions or folder}"
-        what = f"{where} are not in {folder}, may not be read, or have names that are not UTF-8"
+    places = {name: path for name in by_name if (path := _readable(folder, name)) is not None}
+    if missing := [name for name in by_name if name not in places]:
         # An escape in place of what no text can hold.
         first = missing[0].encode("utf-8", "backslashreplace").decode()
-        report(f"{what}, the first of them {first}", unusable, FileNotFoundError)
-    names = sorted(paths)
+        report(
+            f"{len(missing):,} of {len(by_name):,} pictures of {captions or folder} are not in"
+            f" {folder}, may not be read, or have names that are not UTF-8, the first of them"
+            f" {first}",
+            unusable,
+            FileNotFoundError,
+        )
+    names = sorted(places)
     if not names:
         raise ValueError(
             f"{captions or folder} holds no pictures: expected files in the folder that end in"
             f" {', '.join(sorted(SUFFIXES))}, and captions of them"
         )
-    paths = [paths[name] for name in names]
+    paths = [places[name] for name in names]
     texts = [by_name[name] for name in names]
     sizes = [path.stat().st_size for path in paths]
     hashed = content_hash(paths[:: -(-len(paths) // HASHED_FILES)])
@@ -231,27 +235,29 @@ def none_readable(pictures: Pictures) -> ValueError:
 
 def _split(pictures: Pictures, data: PictureData) -> dict[str, Pictures]:
     """By the first folders' names if some are train and some val or test, else by hash."""
-    sides = np.array(
-        [match[1].lower() if (match := _SIDE.match(name)) else "" for name in pictures.names]
-    )
-    train, held_out = sides == "train", sides == "val"
-    why = "folders"
-    if not (train.any() and (held_out.any() or (sides == "test").any())):
-        held_out = _by_hash(pictures.names, data.validation_fraction)
-        train, why = ~held_out, data.validation_fraction
-    elif others := int((~train & ~held_out).sum()):
-        what = f"{others:,} pictures of {pictures.name} that are in no folder train or val"
-        report(what, "skip")
-        if not held_out.any():
-            return _split(pictures.some(np.flatnonzero(train), why), data)
-    if not train.any() or not held_out.any():
+    sides = [match[1].lower() if (match := _SIDE.match(name)) else "" for name in pictures.names]
+    if "train" in sides and {"val", "test"} & set(sides):
+        others = sum(side not in ("train", "val") for side in sides)
+        if others:
+            what = f"{others:,} pictures of {pictures.name} that are in no folder train or val"
+            report(what, "skip")
+        if "val" in sides:
+            return _parts(pictures, np.array(sides), "folders")
+        pictures = pictures.some([i for i, side in enumerate(sides) if side == "train"], "folders")
+    held_out = _by_hash(pictures.names, data.validation_fraction)
+    if held_out.all() or not held_out.any():
         raise ValueError(
             f"{pictures.name} holds one picture only, so there is none to hold out as its"
             " validation split: give more"
         )
+    return _parts(pictures, np.where(held_out, "val", "train"), data.validation_fraction)
+
+
+def _parts(pictures: Pictures, sides: np.ndarray, why: str | float) -> dict[str, Pictures]:
+    """Those on the sides train and val."""
     return {
-        "train": pictures.some(np.flatnonzero(train), "train", why),
-        "validation": pictures.some(np.flatnonzero(held_out), "validation", why),
+        name: pictures.some(np.flatnonzero(sides == side), name, why)
+        for name, side in (("train", "train"), ("validation", "val"))
     }
 
 

@@ -6,6 +6,7 @@ first and last layers are too far apart.
 """
 
 import dataclasses
+import math
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -37,6 +38,11 @@ class GradientScaling:
     def __post_init__(self):
         if self.replicas < 1:
             raise ValueError(f"gradients are scaled for {self.replicas} replicas, not 1 or more")
+
+    @property
+    def longest_fall(self) -> int:
+        """Steps in which a scale comes down from the first one to the lowest."""
+        return round(math.log(self.lowest / self.start, self.shrinkage)) * self.patience
 
     def init(self, *shape: int) -> dict[str, Array]:
         """What is carried, at first."""

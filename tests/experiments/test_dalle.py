@@ -252,17 +252,18 @@ def test_drawings_are_ranked_by_what_a_clip_says_of_them(clip):
     captions = ["red heart", "빨간색 하트"]
     rank = ranker(model, params, tokenizer, captions, truncate=False)
     read = CaptionEncoder(tokenizer, model.config.positions, ends=True).encode
-    for number, caption in enumerate(captions):
+    for caption in captions:
         text = read(caption)[None]
         expected = [model.apply({"params": params}, one[None] / 255, text) for one in pictures]
         np.testing.assert_allclose(
-            rank(number, pictures), np.concatenate(expected)[:, 0], rtol=1e-4, atol=1e-4
+            rank(caption, pictures), np.concatenate(expected)[:, 0], rtol=1e-4, atol=1e-4
         )
     larger = pictures.repeat(4, axis=1).repeat(4, axis=2)
-    assert np.corrcoef(rank(0, larger), rank(0, pictures))[0, 1] > 0.95
+    assert np.corrcoef(rank(caption, larger), rank(caption, pictures))[0, 1] > 0.95
     with pytest.raises(ValueError, match="ranks cannot read all of a caption: the caption 'xx"):
         ranker(model, params, tokenizer, ["x" * 100], truncate=False)
-    assert ranker(model, params, tokenizer, ["x" * 100], truncate=True)(0, pictures).size
+    long = "x" * 100
+    assert ranker(model, params, tokenizer, [long], truncate=True)(long, pictures).size
 
 
 def test_the_best_drawings_are_shown_first(dvae, dalle, tmp_path, monkeypatch):

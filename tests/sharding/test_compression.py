@@ -178,7 +178,7 @@ def test_what_cannot_be_compressed():
         compressed_sums(coupled, two, PowerSGD(2))
 
 
-def test_a_step_that_is_not_finite_loses_nothing(results):
+def test_a_step_that_is_not_finite_leaves_errors_as_they_were(results):
     before, after = (results["not finite"][name] for name in ("before", "after"))
     assert before.keys() and before == after
 
