@@ -133,6 +133,7 @@ def find_experiment(name: str):
 def planned(settings, topology):
     """The report of one plan."""
     from lmjax.sharding.planning import plan_step
+    from lmjax.tasks.task import reads
     from lmjax.training.state import abstract_parameters
     from lmjax.training.step import arrange, prepare
 
@@ -161,6 +162,7 @@ def planned(settings, topology):
         batch,
         layout,
         topology,
+        reads=reads(task),
         model_flops=task.flops({name: x.shape for name, x in batch.items()}),
         steps=settings.steps,
         notes=notes,

@@ -25,7 +25,6 @@ from lmjax.training.step import Prepared, lower_step
 
 MATRIX_EFFICIENCY = 0.9
 SECONDS_PER_DAY = 86_400
-TOKENS = ("inputs", "targets", "captions", "image_tokens")  # arrays of a batch that are read
 SLICES = "slices"  # in place of a mesh axis: the network between slices
 
 
@@ -90,6 +89,7 @@ def plan_step(
     layout: Layout,
     topology: Topology,
     *,
+    reads: Sequence[str],
     model_flops: float,
     steps: int,
     notes: Sequence[str] = (),
@@ -98,6 +98,7 @@ def plan_step(
 
     Args:
         batch: shapes of the global batch.
+        reads: arrays of the batch whose tokens go through the model.
         model_flops: of one step, by formula.
         steps: of the whole schedule.
         notes: what else the report should say.
@@ -119,7 +120,7 @@ def plan_step(
         strategy=layout.strategy.name,
         mesh=dict(layout.mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(target.params)),
-        tokens=sum(x.size for name, x in batch.items() if name in TOKENS),
+        tokens=sum(batch[name].size for name in reads),
         schedule_steps=steps,
         model_flops_per_step=model_flops,
         hardware_flops_per_step=hardware_flops,

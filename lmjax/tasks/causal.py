@@ -1,6 +1,7 @@
 """Causal language modelling: read `inputs`, predict each one's successor (GPT-2)."""
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ class Causal:
 
     The loss is per predicted token over the whole global batch.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("inputs",)
 
     model: nn.Module
     z_loss: float = 0.0

@@ -2,6 +2,7 @@
 where a batch has pairs of sentences, whether the second follows the first (BERT)."""
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ class Masked:
     The loss is per guessed word over the whole global batch, and per pair, and their sum. Only the
     guessed words' logits are computed.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("inputs",)
 
     model: nn.Module
 

@@ -2,6 +2,7 @@
 (XLNet)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,6 +21,8 @@ class Permuted:
     `extra` holds the memory, float32 whatever the model computes with, so that a run may go on in
     another type.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("inputs",)
 
     model: XLNet
     rows: int

@@ -1,6 +1,7 @@
 """Sequence to sequence: read `inputs`, predict `targets` token by token (T5, BART, Meena)."""
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ class Seq2Seq:
     The loss is per target token over the whole global batch, so that packed and padded batches
     weigh every token alike.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("inputs", "targets")
 
     model: nn.Module
     z_loss: float = 0.0

@@ -35,6 +35,10 @@ class Task(Protocol):
     the losses (and gradients) of micro-batches, devices and hosts add up to those of the whole
     batch exactly. A task whose loss compares the rows of a batch with each other says so by an
     attribute `couples_rows` that is True: it is then always computed from the whole batch.
+
+    An attribute `reads` names the arrays of a batch whose tokens go through the model; without one
+    there are none. Speed is counted by them, and not by what is only predicted: of a decoder alone
+    `inputs`, though `targets` are as many.
     """
 
     def init(self, rng: PRNGKeyArray) -> Initial:
@@ -75,6 +79,11 @@ class Task(Protocol):
     def flops(self, batch_shapes: dict[str, tuple[int, ...]]) -> float:
         """FLOPs of the products in one step, forward and backward, without rematerialisation."""
         ...
+
+
+def reads(task: Task) -> tuple[str, ...]:
+    """The arrays whose tokens go through the task's model; see `Task`."""
+    return getattr(task, "reads", ())
 
 
 class Workload(NamedTuple):

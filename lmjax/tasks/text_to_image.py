@@ -5,6 +5,7 @@ A batch has `captions` [B, T] in the tokenizer's ids, `captions_lengths` [B], `i
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ class TextToImage:
     positions, weighed as in section 2.2 of Ramesh et al. 2021. Text is predicted among text rows of
     the output matrix, image among image rows.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("captions", "image_tokens")
 
     model: DALLE
     text_weight: float = 1 / 8

@@ -26,7 +26,7 @@ from lmjax.sharding.hardware import peak_flops
 from lmjax.sharding.mesh import Layout, activate, check_batch_size, put_batch
 from lmjax.sharding.multihost import StopTogether, agree, first_process_first, gather
 from lmjax.sharding.strategies import PMAP
-from lmjax.tasks.task import Batch, Params, Scalars, Task
+from lmjax.tasks.task import Batch, Params, Scalars, Task, reads
 from lmjax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -207,7 +207,7 @@ def fit(
             info = {"position": None, "skipped": 0}
         else:
             info = checkpoints.inspect(target, latest)
-        feed = stack.enter_context(Feed(data, info["position"], layout))
+        feed = stack.enter_context(Feed(data, info["position"], layout, reads(task)))
         batch = feed.next()
         compiled, seconds = compile_step(prepared, batch, layout)
         _print(compilation_summary(compiled, seconds))
@@ -284,9 +284,11 @@ def _asked_for(message: str) -> str:
 class Feed:
     """Batches on their way to the devices, and the position in the data after the last of them."""
 
-    def __init__(self, data: Batches, position: dict | None, layout: Layout):
+    def __init__(
+        self, data: Batches, position: dict | None, layout: Layout, reads: tuple[str, ...]
+    ):
         self.position, self.tokens, self.shapes = position, 0, {}
-        self._layout, self._stream = layout, data.start(position)
+        self._layout, self._reads, self._stream = layout, reads, data.start(position)
 
     def __enter__(self) -> "Feed":
         return self
@@ -306,7 +308,8 @@ class Feed:
         self.shapes = {name: array.shape for name, array in batch.items()}
         if self._layout.strategy is PMAP:
             batch = jax.tree.map(self._replicas, batch)
-        self.position, self.tokens = position, count_tokens(rows) * self._layout.share[1]
+        self.position = position
+        self.tokens = count_tokens(rows, self._reads) * self._layout.share[1]
         return batch
 
     def _replicas(self, x: jax.Array) -> jax.Array:

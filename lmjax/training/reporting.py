@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,12 +257,18 @@ class Events:
         self._file.close()
 
 
-def count_tokens(rows: Mapping[str, np.ndarray]) -> int:
-    """Tokens in a batch that are not padding, by its segment ids or, of DALL-E's streams, by the
-    captions' lengths; 0 where there are none."""
-    if "image_tokens" in rows:
-        return int(rows["captions_lengths"].sum()) + rows["image_tokens"].size
-    return sum(np.count_nonzero(v) for k, v in rows.items() if k.endswith("_segment_ids"))
+def count_tokens(rows: Mapping[str, np.ndarray], reads: Sequence[str]) -> int:
+    """Tokens of these arrays that are not padding, by their segment ids or their lengths, if they
+    have such."""
+
+    def count(name: str) -> int:
+        if f"{name}_segment_ids" in rows:
+            return np.count_nonzero(rows[f"{name}_segment_ids"])
+        if f"{name}_lengths" in rows:
+            return int(rows[f"{name}_lengths"].sum())
+        return rows[name].size
+
+    return sum(map(count, reads))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -315,6 +315,7 @@ def planned_beside_executed(task, optimizer, rows, strategy, options) -> dict:
         {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in rows.items()},
         layout,
         Topology("cpu:8", jax.devices(), None, "cpu:8"),
+        reads=(),
         model_flops=1.0,
         steps=1,
     )

@@ -4,6 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lmjax.data.batches import assemble
+from lmjax.models import gpt2
+from lmjax.models.layers import Execution
+from lmjax.tasks.causal import Causal
+from lmjax.tasks.task import reads
 from lmjax.training import reporting
 from lmjax.training.fit import FitOptions
 from lmjax.training.reporting import Reporter, count_tokens, parameter_summary, read_metrics
@@ -63,10 +68,21 @@ def test_padding_is_not_counted():
         "inputs_segment_ids": np.array([[1, 1, 2, 0], [1, 0, 0, 0]]),
         "targets_segment_ids": np.array([[1, 2], [0, 0]]),
     }
-    assert count_tokens(rows) == 6
-    assert count_tokens({"image": np.ones((2, 4))}) == 0
+    assert count_tokens(rows, ("inputs", "targets")) == 6
+    assert count_tokens(rows, ("inputs",)) == 4
+    assert count_tokens({"pictures": np.ones((2, 4))}, ()) == 0
     stream = {"image_tokens": np.zeros((2, 9)), "captions_lengths": np.array([3, 1])}
-    assert count_tokens(stream | {"captions": np.ones((2, 5))}) == 22
+    stream["captions"] = np.ones((2, 5))
+    assert count_tokens(stream, ("captions", "image_tokens")) == 22
+
+
+def test_what_is_only_predicted_is_not_counted():
+    config = gpt2.GPT2Config(vocab=9, positions=8, layers=1, width=4, heads=1, feed_forward=8)
+    rows = assemble(
+        [[dict.fromkeys(("inputs", "targets"), np.arange(5))]],
+        dict.fromkeys(("inputs", "targets"), 8),
+    )
+    assert count_tokens(rows, reads(Causal(gpt2.GPT2(config, Execution())))) == 5
 
 
 def test_parameters_by_module():
