@@ -203,13 +203,13 @@ EMOJI = DALLETrain(
     data=CaptionedPictureData(vocab_size=2_048, augment=False),
     corruption=0.2,
     optimizer=AdamW(
-        Cosine(2e-3, horizon=1_600, warmup=100, final_fraction=0.0), beta2=0.98, weight_decay=0.01
+        Cosine(2e-3, horizon=1_700, warmup=100, final_fraction=0.0), beta2=0.98, weight_decay=0.01
     ),
     batch=32,
-    steps=1_600,
+    steps=1_700,
     workdir=Path("runs/dalle-emoji"),
     execution=ExecutionOptions(remat="none", attention="whole"),  # the fastest for so small a one
-    fit=FitOptions(log_every=1, eval_every=800, checkpoint_every=400),
+    fit=FitOptions(log_every=1, eval_every=850, checkpoint_every=425),
 )
 PAPER = DALLETrain(
     model=dalle.PRESETS["12b"],

@@ -102,15 +102,15 @@ class DVAETrain(PictureRun):
 EMOJI = DVAETrain(
     model=dvae.PRESETS["emoji"],
     beta=HalfCosine(0, 0, 1),
-    temperature=HalfCosine(1, 1 / 8, 3_750),
-    balance=HalfCosine(25, 8, 3_000),
+    temperature=HalfCosine(1, 1 / 8, 5_800),
+    balance=HalfCosine(25, 8, 4_700),
     data=PictureData(augment=False),
-    optimizer=AdamW(Cosine(2e-3, horizon=4_500, warmup=50), weight_decay=1e-4),
+    optimizer=AdamW(Cosine(1.4e-3, horizon=7_000, warmup=50), weight_decay=1e-4),
     average=0.99,
-    batch=16,
-    steps=4_500,
+    batch=8,
+    steps=7_000,
     workdir=Path("runs/dvae-emoji"),
-    fit=FitOptions(log_every=10, eval_every=500, checkpoint_every=500),
+    fit=FitOptions(log_every=20, eval_every=1_000, checkpoint_every=1_000),
 )
 PAPER = DVAETrain(
     model=dvae.PRESETS["openai"],

@@ -86,7 +86,7 @@ def count(params):
         ("12b", 12_095_479_808, 12_293_824_256),
         ("coco", 75_657_216, 101_250_048),
         ("korean-coco", 75_657_216, 101_250_048),
-        ("emoji", 793_088, 1_459_968),
+        ("emoji", 927_840, 1_761_440),
     ],
 )
 def test_published_sizes(preset, layers, everything):
