@@ -266,9 +266,9 @@ def dropout(module: nn.Module, x: Array, rate: float) -> Array:
 
 
 def drop(x: Float[Array, "*rows D"], rate: float, key: Array) -> Float[Array, "*rows D"]:
-    """Dropout by 16 random bits for each number, so that half as many need be drawn: `rate` is
-    rounded to a 65,536th, and what is kept is scaled by what that is. The barrier keeps the compiler
-    from drawing a pair's bits once for each of the two."""
+    """Dropout by 16 random bits a number, of which only half as many need be drawn: `rate` is
+    rounded to a 65,536th, and what stays is scaled to match. The barrier keeps the compiler from
+    drawing the bits of a pair once for each of the two."""
     *rows, width = x.shape
     bits = jax.random.bits(key, (*rows, -(-width // 2)), jnp.uint32)
     pairs = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), jnp.uint16)
