@@ -144,9 +144,14 @@ def plan_step(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed = max(report.state_bytes, parameters + optimizer + _temporaries(str(error)))
-        return dataclasses.replace(
+        report = dataclasses.replace(
             report, bytes_per_device=needed, compile_seconds=time.perf_counter() - began
         )
+        if topology.compiled_for == topology.name or memory is None or needed > memory:
+            return report
+        # A GPU that has more memory than the TPU whose program it borrows.
+        unknown = f"{topology.compiled_for} has less memory than that, so no times are known"
+        return dataclasses.replace(report, fits=True, notes=(*report.notes, unknown))
     report = dataclasses.replace(report, compile_seconds=time.perf_counter() - began)
     text = _text(lowered, compiled)
     return dataclasses.replace(report, **_of_program(compiled, text, layout, topology, report))

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from lmjax.sharding import planning
 from lmjax.sharding.hardware import Hardware, hardware
-from lmjax.sharding.planning import _temporaries, _text, roofline
+from lmjax.sharding.planning import _temporaries, _text, plan_step, roofline
 from lmjax.sharding.topology import Topology, axis_bandwidths, find_topology
+from lmjax.training.optimizers import AdamW
+from lmjax.training.schedules import Constant
+from lmjax.training.step import arrange, prepare
+from tests.training.toy import Numbers, Regression
 
 CHIP = Hardware(flops=100.0, memory=1e3, memory_bandwidth=50.0, link=10.0, network=1.0, wraps=4)
 
@@ -119,6 +124,47 @@ def test_without_libtpu_the_pip_line(monkeypatch):
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
     with pytest.raises(ValueError, match="pip install libtpu"):
         find_topology("v3:4x4")
+
+
+@pytest.mark.parametrize(
+    ("topology", "kind", "used", "fits"),
+    [
+        ("h200:1", "NVIDIA H200", 120, True),
+        ("h200:1", "NVIDIA H200", 140, False),
+        ("v5p:1x1x1", "TPU v5", 90, False),
+    ],
+)
+def test_a_gpu_may_hold_what_its_stand_in_does_not(monkeypatch, topology, kind, used, fits):
+    def no_room(*_):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Used {used}.0G of 95.0G hbm.")
+
+    monkeypatch.setattr(planning, "lower_step", no_room)
+    task, optimizer, devices = Regression(), AdamW(Constant(0.1)), jax.devices()[:1]
+    layout = arrange(task, optimizer, 8, devices=devices)
+    report = plan_step(
+        prepare(task, optimizer, layout),
+        {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in Numbers().batch(0).items()},
+        layout,
+        Topology(topology, devices, hardware(kind), "v5p:1x1x1"),
+        reads=(),
+        model_flops=1.0,
+        steps=1,
+    )
+    assert report.fits == fits and report.step_seconds is None
+    assert report.bytes_per_device > used * 2**30
+    assert fits == any("v5p:1x1x1 has less memory" in note for note in report.notes)
+
+
+def test_one_or_two_gpus_borrow_from_as_many_chips(monkeypatch):
+    asked = []
+
+    def found(topology_name, **_):
+        asked.append(topology_name)
+        return SimpleNamespace(devices=[SimpleNamespace(device_kind="TPU v5")])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", found)
+    assert [find_topology(f"h200:{n}").compiled_for for n in (1, 2, 4, 16)] == asked
+    assert asked == ["v5p:1x1x1", "v5p:2x1x1", "v5p:2x2x1", "v5p:2x2x4"]
 
 
 def test_gpus_need_a_power_of_two():
