@@ -265,16 +265,9 @@ def dropout(module: nn.Module, x: Array, rate: float) -> Array:
     return x if key is None else drop(x, rate, key)
 
 
-def drop(x: Float[Array, "*rows D"], rate: float, key: Array) -> Float[Array, "*rows D"]:
-    """Dropout by 16 random bits a number, of which only half as many need be drawn: `rate` is
-    rounded to a 65,536th, and what stays is scaled to match. The barrier keeps the compiler from
-    drawing the bits of a pair once for each of the two."""
-    *rows, width = x.shape
-    bits = jax.random.bits(key, (*rows, -(-width // 2)), jnp.uint32)
-    pairs = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), jnp.uint16)
-    draws = pairs.reshape(*rows, -1)[..., :width]
-    dropped = min(round(rate * 2**16), 2**16 - 1)
-    return jnp.where(draws < dropped, 0, x * (2**16 / (2**16 - dropped))).astype(x.dtype)
+def drop(x: Array, rate: float, key: Array) -> Array:
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def attention(

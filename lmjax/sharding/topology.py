@@ -100,10 +100,12 @@ def _tpu(name: str, slices: int) -> Topology:
 
 
 def _stand_in(devices: int) -> str:
-    """A slice of as many TPU v5p, whose memory is nearest to that of a GPU."""
+    """A TPU v5p slice (or, of one or two, v5e) with as many devices."""
+    if devices in (1, 2):
+        return f"v5e:1x{devices}"
     if devices & (devices - 1):
         raise ValueError(f"a plan for GPUs needs a power of two of them, not {devices}")
-    shape = [1, 1, 1]
+    shape = [2, 2, 1]
     while math.prod(shape) < devices:
         shape[shape.index(min(shape))] *= 2
     return "v5p:" + "x".join(map(str, sorted(shape, key=lambda n: (n == 1, n))))  # 2x2x1, 2x4x4

@@ -107,18 +107,6 @@ def test_drop_keeps_type_and_expectation():
     assert set(np.unique(np.asarray(dropped, np.float32))) == {0, np.float32(jnp.bfloat16(1 / 0.9))}
 
 
-def test_neighbours_are_dropped_independently():
-    dropped = np.asarray(drop(jnp.ones((100, 3_001)), 0.3, jax.random.key(0))) == 0
-    for step in (1, 2):  # the other of a pair, and of the next one
-        assert abs((dropped[:, step:] & dropped[:, :-step]).mean() - 0.3**2) < 0.005
-    assert 0 < dropped[:, -1].mean() < 0.6  # an odd width has an end too
-    assert not np.array_equal(dropped[0], dropped[1])
-
-
-def test_nearly_everything_can_be_dropped():
-    assert (drop(jnp.ones((100, 3_000)), 0.999_999, jax.random.key(0)) == 0).mean() > 0.999
-
-
 def test_rms_norm_has_no_mean_and_works_in_float32():
     x = draw((3, 8), 0) * 100 + 1000
     variables = {"params": {"scale": jnp.full(8, 2.0)}}
