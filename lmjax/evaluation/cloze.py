@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from lmjax.data.token_store import TokenizedDocuments
 from lmjax.data.tokenizers import Tokenizer
 from lmjax.models.layers import all_logits, shift_right
-from lmjax.tasks.task import Batch, Params, Task
+from lmjax.tasks.task import Batch, Params, Task, reads
 
 CANDIDATES = 10
 """The hidden word and nine others."""
@@ -63,6 +63,10 @@ class Cloze:
     @property
     def model(self) -> nn.Module:
         return self.task.model
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return reads(self.task)
 
     def init(self, rng):
         return self.task.init(rng)

@@ -14,6 +14,7 @@ from lmjax.models.layers import unboxed
 from lmjax.models.t5 import T5, T5Config
 from lmjax.models.xlnet import XLNet, XLNetConfig
 from lmjax.tasks.causal import Causal
+from lmjax.tasks.task import reads
 
 VOCAB, LENGTH = 60, 12
 BOS, EOS, MASK, SENTINEL = 3, 1, 6, 7
@@ -157,6 +158,10 @@ def test_answers_are_what_whole_passes_give_and_never_see_the_hidden_word(model_
     neighbour = batch["passage"].copy()
     neighbour[np.arange(3), (batch["place"] + 1) % LENGTH] = 13
     assert np.abs(read(batch | {"passage": neighbour}) - scores).max() > 1e-4
+
+
+def test_a_task_that_is_asked_reads_what_it_reads():
+    assert reads(Cloze(Causal(MODELS["gpt2"]), READERS["gpt2"], TOKENS)) == ("inputs",)
 
 
 def test_metrics_are_exact_over_batches_and_chance_is_knowing_frequencies_alone():
