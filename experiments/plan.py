@@ -412,8 +412,9 @@ def markdown(best: list[tuple[str, str, object]]) -> str:
     for preset, name, report in best:
         where = f"{report.devices} x {report.topology}"
         memory = f"{size(report.bytes_per_device)} of {size(report.memory)}"
-        if not report.fits:
-            rows.append(f"| {preset} | {where} | does not fit | {memory} | | | |")
+        if not report.fits or report.step_seconds is None:
+            plan = name if report.fits else "does not fit"
+            rows.append(f"| {preset} | {where} | {plan} | {memory} | | | |")
             continue
         hidden, exposed = report.step_seconds, report.step_seconds_exposed
         rows.append(

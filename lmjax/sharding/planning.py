@@ -42,7 +42,7 @@ class Report:
     parameters: int
     """Of the whole model."""
     tokens: int
-    """Read and predicted in one step."""
+    """That the model reads in one step."""
     schedule_steps: int
     model_flops_per_step: float
     """Forward and backward products, by formula."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from experiments.plan import markdown
 from lmjax.sharding import planning
 from lmjax.sharding.hardware import Hardware, hardware
 from lmjax.sharding.planning import _temporaries, _text, plan_step, roofline
@@ -153,6 +154,9 @@ def test_a_gpu_may_hold_what_its_stand_in_does_not(monkeypatch, topology, kind, 
     assert report.fits == fits and report.step_seconds is None
     assert report.bytes_per_device > used * 2**30
     assert fits == any("v5e:1x1 has less memory" in note for note in report.notes)
+    row = markdown([("mini", "dp", report)]).splitlines()[-1]
+    assert row.startswith(f"| mini | 1 x {topology} | {'dp' if fits else 'does not fit'} | ")
+    assert row.endswith(" | | | |")
 
 
 def test_gpus_need_a_power_of_two():
