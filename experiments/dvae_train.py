@@ -102,13 +102,14 @@ class DVAETrain(PictureRun):
 EMOJI = DVAETrain(
     model=dvae.PRESETS["emoji"],
     beta=HalfCosine(0, 0, 1),
-    temperature=HalfCosine(1, 1 / 8, 5_800),
-    balance=HalfCosine(25, 8, 4_700),
+    temperature=HalfCosine(1, 1 / 8, 6_600),
+    balance=HalfCosine(25, 8, 5_300),
     data=PictureData(augment=False),
-    optimizer=AdamW(Cosine(1.4e-3, horizon=7_000, warmup=50), weight_decay=1e-4),
-    average=0.99,
+    optimizer=AdamW(Cosine(1.4e-3, horizon=8_000, warmup=50), weight_decay=0.1),
+    average=0.998,
     batch=8,
-    steps=7_000,
+    eval_batches=21,  # all 161
+    steps=8_000,
     workdir=Path("runs/dvae-emoji"),
     fit=FitOptions(log_every=20, eval_every=1_000, checkpoint_every=1_000),
 )

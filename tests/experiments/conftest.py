@@ -1,5 +1,6 @@
 """A small corpus, a small model, and experiments as processes of their own."""
 
+import importlib
 import os
 import random
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from lmjax import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = """--model.vocab 512 --model.layers 2 --model.width 64 --model.heads 4 --model.head-width 16
@@ -65,3 +68,23 @@ def run(cache):
         return done
 
     return run
+
+
+@pytest.fixture
+def refused(cache, monkeypatch, capsys):
+    """Does as `python -m MODULE ARGUMENTS...` in this process: what it says in giving up."""
+
+    def refused(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.setenv("LMJAX_CACHE", str(cache))
+        monkeypatch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as end:
+            command_line.run(importlib.import_module(module).main)
+        said = "".join(capsys.readouterr())
+        if isinstance(end.value.code, str):  # the interpreter's to say
+            said += end.value.code
+        else:
+            assert end.value.code
+        return " ".join(said.split())
+
+    return refused

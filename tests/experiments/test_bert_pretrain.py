@@ -54,12 +54,10 @@ def test_resumes_bit_for_bit_with_whole_words_and_lines(run, arguments, tmp_path
         (["--data.stream"], ["data.stream and data.pack", "drop them"]),
     ],
 )
-def test_bad_settings_end_in_one_sentence(run, arguments, tmp_path, flags, words):
-    done = run(PRETRAIN, *arguments, "--workdir", tmp_path / "w", *flags, check=False)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
+def test_bad_settings_end_in_one_sentence(refused, arguments, tmp_path, flags, words):
+    said = refused(PRETRAIN, *arguments, "--workdir", tmp_path / "w", *flags)
     for word in words:
-        assert word in done.stdout + done.stderr
+        assert word in said
     assert not (tmp_path / "w").exists()
 
 

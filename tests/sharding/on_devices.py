@@ -2,7 +2,7 @@
 
 python -m tests.sharding.on_devices MODEL LAYOUT...
 
-prints JSON: for each layout its losses, and bytes; and what a plan says of one of them.
+prints JSON: for each layout its losses, and bytes; and what a plan says of `PLANNED`.
 """
 
 import dataclasses
@@ -273,6 +273,9 @@ LAYOUTS = {
     "fsdp_tp, accumulated": ("fsdp_tp", MeshOptions(fsdp=2, model=2), 8, 2),
 }
 
+PLANNED = "fsdp_tp, width"
+"""The layout of which there is a plan."""
+
 
 def train(task, optimizer, rows, strategy, options, devices, microbatches=1) -> dict:
     layout = arrange(
@@ -297,45 +300,36 @@ def train(task, optimizer, rows, strategy, options, devices, microbatches=1) -> 
             state, outcome = step(state, batch)
             losses.append(float(outcome.metrics["loss"]))
             norms.append(float(outcome.metrics["grad_norm"]))
+    sent = sum(one.bytes * one.count for one in collectives(parse_hlo(step.as_text()), layout.mesh))
+    held = step.memory_analysis().temp_size_in_bytes + bytes_per_device((state, batch))
     return {
         "losses": losses,
         "grad_norm": norms[0],
         "constraints": lowered.as_text().count("sdy.sharding_constraint"),
         "params": bytes_per_device(prepared.target.params),
         "optimizer": bytes_per_device(prepared.target.opt_state),
+        "sent": sent,
+        "held": held,
     }
 
 
-def planned_beside_executed(task, optimizer, rows, strategy, options) -> dict:
-    """What a plan says of a step, and what the program that is executed says."""
+def plan(task, optimizer, rows, strategy, options, devices) -> dict:
+    """What a plan says of such a step."""
     layout = arrange(task, optimizer, ROWS, strategy=strategy, options=options)
-    prepared = prepare(task, optimizer, layout, seed=1)
     report = plan_step(
-        prepared,
+        prepare(task, optimizer, layout, seed=1),
         {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in rows.items()},
         layout,
-        Topology("cpu:8", jax.devices(), None, "cpu:8"),
+        Topology(f"cpu:{devices}", jax.devices(), None, f"cpu:{devices}"),
         reads=(),
         model_flops=1.0,
         steps=1,
     )
-    with activate(layout):
-        state = jax.jit(prepared.build, out_shardings=shardings(prepared.target))(None)
-        batch = put_batch(rows, layout.batch)
-        step = lower_step(prepared, batch, layout).compile()
-        state, outcome = step(state, batch)
-    sent = sum(one.bytes * one.count for one in collectives(parse_hlo(step.as_text()), layout.mesh))
-    sizes = step.memory_analysis()
     return {
-        "sent": [sum(sum(axes.values()) for axes in report.collective_bytes.values()), sent],
-        "bytes": [
-            report.bytes_per_device,
-            sizes.temp_size_in_bytes + bytes_per_device((state, batch)),
-        ],
-        "flops": [
-            report.hardware_flops_per_step,
-            task.flops({k: v.shape for k, v in rows.items()}),
-        ],
+        "sent": sum(sum(axes.values()) for axes in report.collective_bytes.values()),
+        "held": report.bytes_per_device,
+        "flops": report.hardware_flops_per_step,
+        "formula": task.flops({name: x.shape for name, x in rows.items()}),
     }
 
 
@@ -344,7 +338,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     model, *names = sys.argv[1:]
     results = {name: train(*MODELS[model], *LAYOUTS[name]) for name in names}
-    results["planned"] = planned_beside_executed(*MODELS[model], *LAYOUTS["fsdp_tp"][:2])
+    results["planned"] = plan(*MODELS[model], *LAYOUTS[PLANNED])
     print(json.dumps(results))
 
 
