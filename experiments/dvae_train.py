@@ -9,7 +9,7 @@ Paper: Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", sections 2.1 an
     python -m experiments.dvae_train --preset paper --data.tfds coco_captions --workdir /data/dvae
 
 The first trains `emoji` on 3,792 emoji of 64 x 64 pixels, which become 8 x 8 of 512 codes: about
-six minutes on two slow CPU cores. reconstructions.png in the workdir then shows held-out emoji
+seven minutes on two slow CPU cores. reconstructions.png in the workdir then shows held-out emoji
 beside what is left of them after going through their codes, and codes.png how often each code is
 used; TensorBoard has such reconstructions from every evaluation on the way. --model.nearest
 makes a VQ-VAE of the same network.

@@ -21,6 +21,7 @@ def environment(cache):
     """Data and compiled programs are kept between the runs of a session."""
     return {
         **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "LMJAX_CACHE": str(cache),
         "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -249,9 +250,10 @@ def test_drawings_are_ranked_by_what_a_clip_says_of_them(clip):
     captions = ["red heart", "빨간색 하트"]
     rank = ranker(model, params, tokenizer, captions, truncate=False)
     read = CaptionEncoder(tokenizer, model.config.positions, ends=True).encode
+    apply = jax.jit(model.apply)
     for caption in captions:
         text = read(caption)[None]
-        expected = [model.apply({"params": params}, one[None] / 255, text) for one in pictures]
+        expected = [apply({"params": params}, one[None] / 255, text) for one in pictures]
         np.testing.assert_allclose(
             rank(caption, pictures), np.concatenate(expected)[:, 0], rtol=1e-4, atol=1e-4
         )

@@ -14,7 +14,8 @@ SLICE = ["--topology", "v5e:2x2", "--strategy", "fsdp_tp", "--mesh.model", "2"]
 
 
 def plan(*arguments, check=True):
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    ours = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     command = [sys.executable, "-m", "experiments.plan", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if check:

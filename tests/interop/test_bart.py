@@ -83,7 +83,7 @@ def test_logits(ours, texts, expected):
     model, params, tokenizer = ours
     assert tokenizer is None
     with jax.default_matmul_precision("highest"):
-        found = model.apply({"params": params}, *texts)
+        found = jax.jit(model.apply)({"params": params}, *texts)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -117,7 +117,7 @@ def test_gradients(theirs, ours, texts):
         return -jnp.take_along_axis(log_p, targets[..., None], -1).mean()
 
     with jax.default_matmul_precision("highest"):
-        gradients = jax.grad(loss)(params)
+        gradients = jax.jit(jax.grad(loss))(params)
     found = dict(interop.export_tensors(model.config, gradients))
     del found[interop.BIAS]
     assert found.keys() == theirs_gradients.keys()
@@ -127,7 +127,8 @@ def test_gradients(theirs, ours, texts):
 
 
 def test_packed_texts_do_not_see_each_other(ours, texts):
-    model, params, _ = ours
+    _, params, _ = ours
+    apply = jax.jit(ours.model.apply)
     (inputs, targets), sizes = texts, [(11, 5), (7, 4)]
     lengths = np.array(sizes).T
     segments = [np.repeat([1, 2], n)[None] for n in lengths]
@@ -136,9 +137,9 @@ def test_packed_texts_do_not_see_each_other(ours, texts):
         for rows, n in zip((inputs, targets), lengths, strict=True)
     ]
     with jax.default_matmul_precision("highest"):
-        packed = model.apply({"params": params}, *together, *segments)
+        packed = apply({"params": params}, *together, *segments)
         alone = [
-            model.apply({"params": params}, inputs[i : i + 1, :s], targets[i : i + 1, :t])
+            apply({"params": params}, inputs[i : i + 1, :s], targets[i : i + 1, :t])
             for i, (s, t) in enumerate(sizes)
         ]
     np.testing.assert_allclose(packed, np.concatenate(alone, 1), atol=2e-5)
@@ -157,7 +158,7 @@ def test_no_target_sees_a_later_one_and_no_source_its_padding(ours, texts):
         half: jnp.zeros_like(params[half]["table"])
         for half in ("encoder_positions", "decoder_positions")
     }
-    seen = {half: np.abs(g).sum(1) > 0 for half, g in jax.grad(logit)(zeros).items()}
+    seen = {half: np.abs(g).sum(1) > 0 for half, g in jax.jit(jax.grad(logit))(zeros).items()}
     assert np.flatnonzero(seen["encoder_positions"]).tolist() == [*range(2, 9)]
     assert np.flatnonzero(seen["decoder_positions"]).tolist() == [*range(2, 8)]
 
@@ -243,10 +244,10 @@ def test_too_long(ours):
 
 def test_dropout_is_only_for_training(ours, texts):
     config = dataclasses.replace(ours.model.config, dropout=0.5, activation_dropout=0.5)
-    model, variables = Bart(config), {"params": ours.params}
-    calm = ours.model.apply(variables, *texts)
-    np.testing.assert_array_equal(model.apply(variables, *texts), calm)
-    shaken = model.apply(variables, *texts, rngs={"dropout": jax.random.key(0)})
+    apply, variables = jax.jit(Bart(config).apply), {"params": ours.params}
+    calm = jax.jit(ours.model.apply)(variables, *texts)
+    np.testing.assert_array_equal(apply(variables, *texts), calm)
+    shaken = apply(variables, *texts, rngs={"dropout": jax.random.key(0)})
     assert np.abs(shaken - calm).max() > 0.1
 
 

@@ -34,8 +34,6 @@ PICTURE = dict(
     intermediate_size=44,
 )
 END = 90
-QUICKLY = {"xla_backend_optimization_level": 0}
-"""Compiled for one run on tiny arrays: compiling is all that takes time."""
 
 
 def their_model(**common):
@@ -103,7 +101,7 @@ def check_embeddings_and_logits(theirs, model, params, batch):
         return *vectors, bound(pictures, texts)
 
     with jax.default_matmul_precision("highest"):
-        pictures, texts, logits = jax.jit(ours, compiler_options=QUICKLY)(params)
+        pictures, texts, logits = jax.jit(ours)(params)
     np.testing.assert_allclose(pictures, expected.image_embeds, atol=2e-6)
     np.testing.assert_allclose(texts, expected.text_embeds, atol=2e-6)
     assert expected.logits_per_image.std() > 0.5
@@ -136,7 +134,7 @@ def test_loss_and_gradients(theirs, ours, batch):
         return task.loss(params, {}, batch, task.normalizers(batch), {}, 0)[0]
 
     with jax.default_matmul_precision("highest"):
-        both = jax.jit(jax.value_and_grad(loss), compiler_options=QUICKLY)
+        both = jax.jit(jax.value_and_grad(loss))
         value, gradients = both(params)
     assert value == pytest.approx(expected.loss.item(), abs=1e-5)
     found = dict(interop.export_tensors(model.config, gradients))

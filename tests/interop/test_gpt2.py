@@ -96,7 +96,7 @@ def test_gradients(theirs, ours, tokens):
         return task.loss(params, {}, batch, task.normalizers(batch), {}, 0)[0]
 
     with jax.default_matmul_precision("highest"):
-        gradients = jax.grad(loss)(params)
+        gradients = jax.jit(jax.grad(loss))(params)
     found = dict(interop.export_tensors(model.config, gradients))
     assert found.keys() == theirs_gradients.keys()
     for name, expected in theirs_gradients.items():
@@ -126,7 +126,7 @@ def test_no_token_sees_a_later_one(ours, tokens):
         changed = {**params, "positions": params["positions"] + moved}
         return model.apply({"params": changed}, tokens[:1])[0, 8].sum()
 
-    gradient = jax.grad(logit)(jnp.zeros_like(params["positions"]))
+    gradient = jax.jit(jax.grad(logit))(jnp.zeros_like(params["positions"]))
     assert embedded.shape[1] == gradient.shape[1]
     seen = np.abs(gradient).sum(1) > 0
     assert seen.tolist() == [True] * 9 + [False] * 31

@@ -75,7 +75,7 @@ def torch_run(model, inputs, order=None, places=None, **more):
 
 def ours_run(ours, *inputs, **more):
     with jax.default_matmul_precision("highest"):
-        return ours.model.apply({"params": ours.params}, *inputs, **more)
+        return jax.jit(ours.model.apply)({"params": ours.params}, *inputs, **more)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_gradients(pair, texts, order):
 
     for execution in (Execution(), Execution(remat="matmuls", attention="blocked")):
         with jax.default_matmul_precision("highest"):
-            gradients = jax.grad(loss)(ours.params, execution)
+            gradients = jax.jit(jax.grad(loss), static_argnums=1)(ours.params, execution)
         found = dict(interop.export_tensors(ours.model.config, gradients))
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
@@ -181,7 +181,7 @@ def test_no_guess_knows_its_word_or_a_later_one(pair, texts, order):
             )
             return (features[0, guess] ** 3).sum()
 
-        gradient = jax.grad(logit)(jnp.asarray(ours.params["embedding"]))
+        gradient = jax.jit(jax.grad(logit))(jnp.asarray(ours.params["embedding"]))
         read = np.abs(gradient[:LENGTH]).sum(1) > 0
         allowed = order[row] < order[row, place]
         assert not allowed[place] and allowed.any()
@@ -247,10 +247,10 @@ def test_what_does_not_fit(pair, texts, order):
 
 def test_dropout_is_only_for_training(pair, texts):
     _, ours = pair
-    model = XLNet(dataclasses.replace(ours.model.config, dropout=0.5))
+    apply = jax.jit(XLNet(dataclasses.replace(ours.model.config, dropout=0.5)).apply)
     calm, _ = ours_run(ours, texts)
     variables = {"params": ours.params}
     with jax.default_matmul_precision("highest"):
-        np.testing.assert_array_equal(model.apply(variables, texts)[0], calm)
-        shaken, _ = model.apply(variables, texts, rngs={"dropout": jax.random.key(0)})
+        np.testing.assert_array_equal(apply(variables, texts)[0], calm)
+        shaken, _ = apply(variables, texts, rngs={"dropout": jax.random.key(0)})
     assert np.abs(shaken - calm).max() > 0.1

@@ -37,8 +37,6 @@ TINY = DALLEConfig(
     feed_forward=24,
     conv_extent=3,
 )
-QUICKLY = {"xla_backend_optimization_level": 0}
-"""Compiled for one run on tiny arrays: compiling is all that takes time."""
 
 
 def shapes(config):
@@ -70,7 +68,7 @@ def compiled(config):
     def run(params, tokens):
         return DALLE(config).apply({"params": params}, tokens)
 
-    return jax.jit(run, compiler_options=QUICKLY)
+    return jax.jit(run)
 
 
 # --- sizes
@@ -168,7 +166,7 @@ def heads(config, rows=2):
 def test_blocks_are_masked_attention(kind, grid, extent):
     config = dataclasses.replace(TINY, grid=grid, conv_extent=extent)
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @functools.partial(jax.jit)
     def both(operands, cotangent):
         seen = mask(kind, config)
         by_blocks, pull = jax.vjp(lambda x: stream_attention(config, kind, *x), operands)
@@ -206,7 +204,7 @@ def test_a_layer_sees_what_its_mask_says(kind):
     def output(x):
         return (layer.apply({"params": params}, x)[0] * direction).sum((0, 2))
 
-    gradients = jax.jit(jax.jacobian(output), compiler_options=QUICKLY)(x)
+    gradients = jax.jit(jax.jacobian(output))(x)
     np.testing.assert_array_equal((gradients != 0).any((1, 3)), mask(kind, TINY))
 
 
@@ -221,7 +219,7 @@ def test_attention_weights_are_dropped(attention):
         return stream_attention(config, "row", *operands, rate=0.5, key=key)
 
     execution = Execution(attention=attention)
-    run = jax.jit(dalle.attend, static_argnums=(0, 3), compiler_options=QUICKLY)
+    run = jax.jit(dalle.attend, static_argnums=(0, 3))
     sums = run(attended, operands, jax.random.key(0), execution)[..., 0]
     for part in jnp.split(sums, [config.text_length], axis=1):
         assert part.std() > 0.2 and abs(part.mean() - 1) < 4 * part.std() / part.size**0.5
@@ -309,7 +307,7 @@ def test_the_scanned_layers_are_those_layers_one_by_one():
         value, pull = jax.vjp(features, params)
         return value, pull(jnp.cos(value))
 
-    run = jax.jit(differentiated, static_argnums=1, compiler_options=QUICKLY)
+    run = jax.jit(differentiated, static_argnums=1)
     both = (run(params_of(config), features) for features in (scanned, unrolled))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), *both)
 
@@ -379,8 +377,8 @@ def drawings(config):
 def decoder(config):
     """The state after the texts of `drawings`, and a compiled `extend`."""
     model, params = DALLE(config), params_of(config)
-    start = jax.jit(start_decoding, static_argnums=(0, 3), compiler_options=QUICKLY)
-    run = jax.jit(extender(model, params), compiler_options=QUICKLY)
+    start = jax.jit(start_decoding, static_argnums=(0, 3))
+    run = jax.jit(extender(model, params))
     return start(model, params, drawings(config)[0], SAMPLES), run
 
 
@@ -423,6 +421,6 @@ def test_gradients_reach_the_state():
     def loss(layers):  # after a row of the image
         return extend(model, params, image[:, 3:4], state._replace(layers=layers))[0].std()
 
-    gradients = jax.jit(jax.grad(loss), compiler_options=QUICKLY)(state.layers)
+    gradients = jax.jit(jax.grad(loss))(state.layers)
     for layer in gradients:
         assert jnp.abs(layer.memory.values).max() > 0 and jnp.abs(layer.past.values).max() > 0

@@ -31,8 +31,6 @@ NORMALIZED = dataclasses.replace(TINY, groups=2, blocks=1, kernel=3, normalized=
 FOLDED = dataclasses.replace(NORMALIZED, patch=4, least_log_scale=-2.0)
 NEAREST = dataclasses.replace(FOLDED, nearest=True)
 PLAIN = Execution()
-QUICKLY = {"xla_backend_optimization_level": 0}
-"""Compiled for one run on tiny arrays: compiling is all that takes time."""
 
 
 def params_of(config):
@@ -52,7 +50,7 @@ def applied(config, method, params, *inputs, execution=PLAIN):
         return DVAE(config, execution).apply({"params": params}, *inputs, method=method)
 
     with jax.default_matmul_precision("highest"):
-        return jax.jit(run, compiler_options=QUICKLY)(params, *inputs)
+        return jax.jit(run)(params, *inputs)
 
 
 def pictures_of(config, count=2):
@@ -174,7 +172,7 @@ def test_gradients_do_not_depend_on_what_is_computed_again():
             decoded = bound.decode(jax.nn.softmax(bound.encode(pictures)))
             return decoded.log_density(map_pixels(pictures)).mean()
 
-        return jax.jit(jax.grad(loss), compiler_options=QUICKLY)(params)
+        return jax.jit(jax.grad(loss))(params)
 
     both = gradient(PLAIN), gradient(Execution(remat="matmuls"))
     assert np.abs(both[0]["encoder"]["input"]).max() > 1e-4
@@ -203,7 +201,7 @@ def test_the_nearest_code_and_its_straight_gradient():
     def at_the_code(params, vectors):
         return DVAE(NEAREST).bind({"params": params}).decoder(vectors).location.mean()
 
-    both = [jax.jit(jax.grad(f, (0, 1)), compiler_options=QUICKLY) for f in (through, at_the_code)]
+    both = [jax.jit(jax.grad(f, (0, 1))) for f in (through, at_the_code)]
     (own, straight), (_, expected) = both[0](params, vectors), both[1](params, nearest)
     np.testing.assert_allclose(straight, expected, atol=1e-7)
     assert np.abs(straight).max() > 0

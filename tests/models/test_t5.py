@@ -27,15 +27,11 @@ GATED = dataclasses.replace(TINY, gated=True, tied=False)
 PLAIN = Execution()
 
 
-QUICKLY = {"xla_backend_optimization_level": 0}
-"""Compiled for one run on tiny arrays: compiling is all that takes time."""
-
-
 @functools.cache
 def params_of(config):
     """Parameters with every array random: ones in the norms would hide mistakes."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    init = jax.jit(T5(config).init, compiler_options=QUICKLY)
+    init = jax.jit(T5(config).init)
     params, _ = unboxed(init(jax.random.key(0), tokens, tokens)["params"])
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype("f4"), params)
@@ -56,7 +52,7 @@ def applied(config, execution, method):
         rngs = None if key is None else {"dropout": key}
         return T5(config, execution).apply({"params": params}, *inputs, rngs=rngs, method=method)
 
-    return jax.jit(run, compiler_options=QUICKLY)
+    return jax.jit(run)
 
 
 def apply(config, *inputs, execution=PLAIN, key=None, params=None, method=T5.__call__):
@@ -159,7 +155,7 @@ def test_a_position_depends_on_exactly_those_before_it():
         return model.scale(x)[0, t].sum()
 
     embedded = params_of(TINY)["embedding"][decoder_inputs]
-    gradient = jax.jit(jax.grad(logit), compiler_options=QUICKLY)(embedded)
+    gradient = jax.jit(jax.grad(logit))(embedded)
     size = np.abs(gradient).sum(-1)[0]
     assert (size[: t + 1] > 1e-6).all()
     assert (size[t + 1 :] == 0).all()
@@ -235,7 +231,7 @@ def value_and_gradients(execution, seed=None):
         return (jax.nn.logsumexp(logits, -1) - logits[..., 7]).mean()
 
     with jax.default_matmul_precision("highest"):
-        return jax.jit(jax.value_and_grad(loss), compiler_options=QUICKLY)(params_of(TINY))
+        return jax.jit(jax.value_and_grad(loss))(params_of(TINY))
 
 
 @pytest.mark.parametrize(

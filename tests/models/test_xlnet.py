@@ -76,7 +76,7 @@ def test_no_gradient_flows_into_the_text_before():
         return (model.apply({"params": params}, tokens, no_memory(SMALL, 1))[1] ** 2).sum()
 
     assert kept(params) > 0
-    assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(kept)(params)))
+    assert all((g == 0).all() for g in jax.tree.leaves(jax.jit(jax.grad(kept))(params)))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_gradients_flow_through_the_state():
     def loss(layers):
         return extend(model, params, tokens[:, :1], state._replace(layers=layers))[0].max()
 
-    gradients = jax.grad(loss)(state.layers)
+    gradients = jax.jit(jax.grad(loss))(state.layers)
     assert all(jnp.abs(g[:, :, :6]).max() > 0 for g in jax.tree.leaves(gradients))
     assert all((g[:, :, 6:] == 0).all() for g in jax.tree.leaves(gradients))
 

@@ -34,8 +34,6 @@ TINY = CLIPConfig(
 )
 TASK = Contrastive(CLIP(TINY))
 OPTIMIZER = AdamW(Constant(1e-2))
-QUICKLY = {"xla_backend_optimization_level": 0}
-"""Compiled for few runs on tiny arrays: compiling is all that takes time."""
 
 
 def pairs(rows, seed=0):
@@ -49,14 +47,14 @@ def pairs(rows, seed=0):
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(lambda key: TASK.init(key)[0], compiler_options=QUICKLY)(jax.random.key(0))
+    return jax.jit(lambda key: TASK.init(key)[0])(jax.random.key(0))
 
 
 def traced(params, batch):
     return TASK.loss(params, {}, batch, TASK.normalizers(batch), {}, 0)
 
 
-compiled = jax.jit(traced, compiler_options=QUICKLY)
+compiled = jax.jit(traced)
 
 
 def loss(params, batch):
@@ -88,7 +86,7 @@ def test_rows_that_fill_up_are_not_compared_with(params):
     assert value == pytest.approx(expected, abs=1e-6)
     assert own == pytest.approx(metrics, abs=1e-6)
     gradient = jax.grad(lambda params: traced(params, filled)[0])
-    gradient = jax.jit(gradient, compiler_options=QUICKLY)(params)
+    gradient = jax.jit(gradient)(params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
@@ -102,11 +100,11 @@ def test_it_learns_which_belong_together(params):
         updates, state = optimizer.update(gradient, state, params)
         return jax.tree.map(jnp.add, params, updates), state
 
-    before, step = loss(params, batch)[0], jax.jit(step, compiler_options=QUICKLY)
+    before, step = loss(params, batch)[0], jax.jit(step)
     state = optimizer.init(params)
     for _ in range(30):
         params, state = step(params, state, batch)
-    evaluate = jax.jit(TASK.evaluate, compiler_options=QUICKLY)
+    evaluate = jax.jit(TASK.evaluate)
     found, _ = evaluate(params, {}, batch, TASK.normalizers(batch))
     assert found["loss"] < before / 4
     assert found["text_accuracy"] == found["picture_accuracy"] == 1

@@ -18,8 +18,6 @@ TINY = DVAEConfig(size=8, codes=7, width=8, code_width=6, groups=2, blocks=1, ke
 SOFT = GumbelSoftmax(DVAE(TINY), HalfCosine(0, 5, 10), HalfCosine(1, 0.5, 20))
 HARD = Nearest(DVAE(dataclasses.replace(TINY, nearest=True)))
 TASKS = {"gumbel": SOFT, "nearest": HARD}
-QUICKLY = {"xla_backend_optimization_level": 0}
-"""Compiled for few runs on tiny arrays: compiling is all that takes time."""
 
 
 def pictures(rows, seed=0):
@@ -43,7 +41,7 @@ def losses(task, params, batch, step=0):
         key = {"dropout": jax.random.key(3)}
         return task.loss(params, {}, batch, task.normalizers(batch), key, step)
 
-    value, (metrics, _) = jax.jit(run, compiler_options=QUICKLY)(params, batch)
+    value, (metrics, _) = jax.jit(run)(params, batch)
     return float(value), {name: float(x) for name, x in metrics.items()}
 
 
@@ -51,7 +49,7 @@ def evaluated(task, params, batch):
     def run(params, batch):
         return task.evaluate(params, {}, batch, task.normalizers(batch))[0]
 
-    found = jax.jit(run, compiler_options=QUICKLY)(params, batch)
+    found = jax.jit(run)(params, batch)
     return {name: float(x) for name, x in found.items()}
 
 
@@ -59,7 +57,7 @@ def apply(task, params, method, *inputs):
     def run(params, *inputs):
         return task.model.apply({"params": params}, *inputs, method=method)
 
-    return jax.device_get(jax.jit(run, compiler_options=QUICKLY)(params, *inputs))
+    return jax.device_get(jax.jit(run)(params, *inputs))
 
 
 def nll_of(decoded, values):
@@ -98,7 +96,7 @@ def test_the_balance_of_codes(params):
         key = {"dropout": jax.random.key(3)}
         return task.loss(params, extra, batch, task.normalizers(batch), key, 5)
 
-    value, (metrics, extra) = jax.jit(run, compiler_options=QUICKLY)(own, {"use": before}, batch)
+    value, (metrics, extra) = jax.jit(run)(own, {"use": before}, batch)
     logits = apply(task, own, "encode", np.float32(batch["pictures"][[0, 2, 3]]) / 255)
     use = scipy.special.softmax(np.float64(logits), -1).mean((0, 1, 2))
     after = 0.9 * before + 0.1 * use
@@ -135,7 +133,7 @@ def test_what_the_losses_of_the_nearest_code_move(params):
         def loss(params, batch):
             return task.loss(params, {}, batch, task.normalizers(batch), {}, 0)[0]
 
-        return jax.jit(jax.grad(loss), compiler_options=QUICKLY)(own, batch)
+        return jax.jit(jax.grad(loss))(own, batch)
 
     vectors = apply(HARD, own, "encoder_output", np.float32(batch["pictures"]) / 255)
     vectors, book = vectors.reshape(-1, 6), own["decoder"]["codebook"]
@@ -190,7 +188,7 @@ def test_micro_batches_add_up(params):
             normalizers = HARD.normalizers(batch)
             return accumulate(HARD, state, batch, jax.random.key(0), pieces, {}, normalizers)
 
-        return jax.jit(taken, compiler_options=QUICKLY)(state, batch)
+        return jax.jit(taken)(state, batch)
 
     whole, pieces = run(1), run(3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, pieces)

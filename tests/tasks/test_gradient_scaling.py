@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,15 @@ def gradients(task, scales=None, of=1.0):
     params, rows = task.init(jax.random.key(0)).params, batch()
     normalizers = {name: value / of for name, value in task.normalizers(rows).items()}
     extra = {} if scales is None else {"gradient_scales": scales}
+    return gradient_of(task)(params, extra, rows, normalizers)
 
-    @jax.jit
-    def gradient(params):
-        return jax.grad(lambda p: task.loss(p, extra, rows, normalizers, {}, 0)[0])(params)
 
-    return gradient(params)
+@functools.cache
+def gradient_of(task):
+    def loss(params, extra, rows, normalizers):
+        return task.loss(params, extra, rows, normalizers, {}, 0)[0]
+
+    return jax.jit(jax.grad(loss))
 
 
 def test_scales_come_out_again():
@@ -110,13 +114,14 @@ def test_a_step_that_overflows_changes_the_scales_alone():
     layout = arrange(scaled, optimizer, 4, devices=jax.devices()[:1])
     prepared = prepare(scaled, optimizer, layout)
     before = jax.jit(prepared.build)(None)
-    after, outcome = jax.jit(prepared.step)(before, batch())
+    step = jax.jit(prepared.step)
+    after, outcome = step(before, batch())
     assert not np.isfinite(outcome.squares).all() and after.step == 1
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     np.testing.assert_allclose(after.extra["gradient_scales"], 2.0**39.5, rtol=1e-6)
 
     good = after._replace(extra={**after.extra, "gradient_scales": jnp.full(SHAPE, 2.0**13)})
-    later, outcome = jax.jit(prepared.step)(good, batch())
+    later, outcome = step(good, batch())
     assert np.isfinite(outcome.squares).all()
     assert np.any(later.params["embedding"] != before.params["embedding"])
     np.testing.assert_allclose(later.extra["gradient_scales"], 2.0 ** (13 + 1e-3), rtol=1e-6)

@@ -24,7 +24,6 @@ TINY = DALLEConfig(
 )
 TASK = TextToImage(DALLE(TINY))
 DEEP = TextToImage(DALLE(dataclasses.replace(TINY, layers=7)))
-QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
@@ -45,7 +44,7 @@ def batch():
     }
 
 
-@functools.partial(jax.jit, compiler_options=QUICKLY)
+@functools.partial(jax.jit)
 def evaluate(batch, normalizers):
     return TASK.evaluate(params_of(TASK), {}, batch, normalizers)[0]
 
@@ -55,7 +54,7 @@ def test_the_loss_weighs_the_means_of_text_and_image():
     rows = batch()
     text = caption_tokens(TINY, rows["captions"], rows["captions_lengths"])
     tokens = np.concatenate([text, rows["image_tokens"]], axis=1)
-    apply = jax.jit(DALLE(TINY).apply, compiler_options=QUICKLY)
+    apply = jax.jit(DALLE(TINY).apply)
     logits = apply({"params": params_of(TASK)}, tokens)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
     right = logits.argmax(-1) == tokens
