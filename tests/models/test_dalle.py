@@ -166,7 +166,7 @@ def heads(config, rows=2):
 def test_blocks_are_masked_attention(kind, grid, extent):
     config = dataclasses.replace(TINY, grid=grid, conv_extent=extent)
 
-    @functools.partial(jax.jit)
+    @jax.jit
     def both(operands, cotangent):
         seen = mask(kind, config)
         by_blocks, pull = jax.vjp(lambda x: stream_attention(config, kind, *x), operands)

@@ -44,7 +44,7 @@ def batch():
     }
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def evaluate(batch, normalizers):
     return TASK.evaluate(params_of(TASK), {}, batch, normalizers)[0]
 
